@@ -20,7 +20,7 @@ LAYERS = (
     ("layers", "obs", "device"),
     ("families", "cost", "statistics", "rotate"),
     ("criteria", "distortion", "data", "digits"),
-    ("allocate", "repair", "realise"),
+    ("options", "allocate", "repair", "realise"),
     ("checkpoint", "integrations", "lpvit", "lpvit_calibration", "report"),
     ("pruning",),
     ("hwprune",),

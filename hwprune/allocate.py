@@ -1,0 +1,252 @@
+"""How much of each layer to keep: a multiple-choice knapsack over measured curves.
+
+Every layer offers options (a structure, its distortion, its cost); one is chosen in each, the summed
+distortion is least, the summed costs stay within the budget. Solved exactly by HiGHS through scipy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from hwprune.cost import ModelCost, Structure
+from hwprune.distortion import Curve
+from hwprune.options import Option, option_groups
+from hwprune.units import Layer, Mask
+
+METRICS = ("macs", "params")
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class UnreachableBudget(ValueError):
+    """No plan meets the budget; the message says what is reachable, layer by layer."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned model may cost, relative to the dense one (at most 1) or absolute (above 1).
+
+    Attributes:
+        macs: true multiply-accumulates of one image.
+        params: parameters.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or non-positive budget."""
+        given = {m: getattr(self, m) for m in METRICS if getattr(self, m) is not None}
+        if not given:
+            raise ValueError("Budget: expected at least one of macs, params; e.g. Budget(macs=0.6)")
+        for metric, value in given.items():
+            if not value > 0:
+                raise ValueError(f"Budget: {metric} must be above 0, got {value}")
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> Budget:
+        """From command-line words like "macs=0.6", "params=50M", "macs=2.1G".
+
+        Raises:
+            ValueError: unknown metric, no number, or one metric twice.
+        """
+        found: dict[str, float] = {}
+        for text in texts:
+            match = re.fullmatch(r"\s*(\w+)\s*=\s*([0-9.]+(?:e[+-]?\d+)?)\s*([KMGT]?)\s*", text)
+            if match is None or match[1] not in METRICS:
+                raise ValueError(
+                    f"budget: expected {' or '.join(m + '=NUMBER' for m in METRICS)} with an optional "
+                    f"K, M, G (macs=0.6, params=50M), got {text!r}"
+                )
+            if match[1] in found:
+                raise ValueError(f"budget: {match[1]} given twice")
+            try:
+                found[match[1]] = float(match[2]) * _UNITS[match[3]]
+            except ValueError:
+                raise ValueError(f"budget: {match[2]!r} is no number in {text!r}") from None
+        return cls(**found)
+
+    def limits(self, cost: ModelCost) -> dict[str, float]:
+        """metric -> absolute limit for a model."""
+        dense = {"macs": cost.macs, "params": float(cost.params)}
+        limits = {}
+        for metric in METRICS:
+            value = getattr(self, metric)
+            if value is not None:
+                limits[metric] = value * dense[metric] if value <= 1 else value
+        return limits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of every layer is kept, and what that is predicted to cost.
+
+    Attributes:
+        keep: units name -> kept units.
+        structure: layer name -> what is left of it (several linears of one layer merged).
+        distortion: predicted, in the unit of the curves.
+        macs, params: predicted, of the whole model.
+        dense_macs, dense_params: of the dense model.
+    """
+
+    keep: Mapping[str, int]
+    structure: Mapping[str, Structure]
+    distortion: float
+    macs: float
+    params: float
+    dense_macs: float
+    dense_params: float
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def macs_ratio(self) -> float:
+        """Kept fraction of the MACs."""
+        return self.macs / self.dense_macs
+
+    @property
+    def params_ratio(self) -> float:
+        """Kept fraction of the parameters."""
+        return self.params / self.dense_params
+
+
+def allocate(
+    model: nn.Module,
+    curves: Mapping[str, Curve],
+    cost: ModelCost,
+    budget: Budget,
+    *,
+    round_to: int = 8,
+    gain: Mapping[str, float] | None = None,
+) -> Plan:
+    """Solve the knapsack: least summed distortion within the budget.
+
+    Args:
+        model: the dense model (read for sizes only).
+        curves: units name -> curve, from `hwprune.distortion.curves`.
+        cost: from `hwprune.cost.model_cost`.
+        budget: what may be spent; several limits at once are all kept.
+        round_to: neurons are kept in multiples of this (8, 16, 64: what tensor cores like); head
+            channels in multiples of 8.
+        gain: kind -> factor on the curves of that kind, measured by `hwprune.gain`.
+
+    Returns:
+        Plan.
+
+    Raises:
+        UnreachableBudget: no combination of options is cheap enough.
+    """
+    groups = option_groups(model, curves, cost, round_to=round_to, gain=gain)
+    limits = budget.limits(cost)
+    chosen = _solve(groups, cost, limits)
+    keep = {name: count for option in chosen for name, count in option.keep.items()}
+    spent = _fixed(groups, cost)
+    return Plan(
+        keep,
+        _structures(groups, chosen),
+        sum(o.distortion for o in chosen),
+        spent["macs"] + sum(o.macs for o in chosen),
+        spent["params"] + sum(o.params for o in chosen),
+        cost.macs,
+        float(cost.params),
+        limits,
+    )
+
+
+def _fixed(groups: Sequence[tuple[Layer, list[Option]]], cost: ModelCost) -> dict[str, float]:
+    """Cost of everything the options do not cover: the dense model less the dense options."""
+    dense = {m: sum(max(getattr(o, m) for o in options) for _, options in groups) for m in METRICS}
+    return {"macs": cost.macs - dense["macs"], "params": cost.params - dense["params"]}
+
+
+def _structures(
+    groups: Sequence[tuple[Layer, list[Option]]], chosen: Sequence[Option]
+) -> dict[str, Structure]:
+    """Layer name -> structure, the linears of one layer merged."""
+    merged: dict[str, Structure] = {}
+    for (layer, _), option in zip(groups, chosen, strict=True):
+        before = merged.get(layer.name)
+        if before is None or option.structure.weights is None:
+            merged[layer.name] = option.structure
+        else:
+            merged[layer.name] = Structure(
+                weights={**(before.weights or {}), **option.structure.weights}
+            )
+    return merged
+
+
+def _solve(
+    groups: Sequence[tuple[Layer, list[Option]]], cost: ModelCost, limits: Mapping[str, float]
+) -> list[Option]:
+    """One option a group by mixed-integer programming."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    fixed = _fixed(groups, cost)
+    flat = [option for _, options in groups for option in options]
+    for metric, limit in limits.items():
+        least = fixed[metric] + sum(
+            min(getattr(o, metric) for o in options) for _, options in groups
+        )
+        if least > limit * (1 + 1e-9):
+            raise UnreachableBudget(_reachable(groups, metric, least, limit, cost))
+    objective = np.array([o.distortion for o in flat])
+    scale = objective.max() or 1.0
+    # A hair of cost in the objective settles ties between options that lose nothing: the larger wins.
+    tie = np.array([o.macs for o in flat]) / cost.macs * 1e-9
+    owner = np.repeat(np.arange(len(groups)), [len(options) for _, options in groups])
+    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
+    constraints = [LinearConstraint(one_each, 1, 1)]
+    for metric, limit in limits.items():
+        dense = getattr(cost, metric)
+        row = np.array([[getattr(o, metric) / dense for o in flat]])
+        constraints.append(LinearConstraint(row, -np.inf, (limit - fixed[metric]) / dense))
+    result = milp(
+        objective / scale - tie,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+    )
+    if result.x is None:
+        raise UnreachableBudget(
+            f"no plan keeps {', '.join(f'{m} <= {v:.4g}' for m, v in limits.items())} at once: "
+            f"{result.message}; loosen one of the limits"
+        )
+    picked = result.x > 0.5
+    return [flat[i] for i in np.flatnonzero(picked)]
+
+
+def _reachable(
+    groups: Sequence[tuple[Layer, list[Option]]],
+    metric: str,
+    least: float,
+    limit: float,
+    cost: ModelCost,
+) -> str:
+    """The message of an unreachable budget: what each layer can be cut to."""
+    dense = getattr(cost, metric)
+    lines = [
+        f"budget {metric} <= {limit:.4g} ({limit / dense:.3f} of dense) is out of reach: the least these "
+        f"units allow is {least:.4g} ({least / dense:.3f}). Layer by layer, least of dense:"
+    ]
+    for layer, options in groups:
+        values = [getattr(o, metric) for o in options]
+        lines.append(f"  {layer.name}: {min(values) / max(max(values), 1):.3f}")
+    lines.append("Ask for more, or allow more kinds (--kinds head,neuron,qk,vo,block).")
+    return "\n".join(lines)
+
+
+def select(curves: Mapping[str, Curve], plan: Plan) -> Mask:
+    """The mask a plan stands for: each curve's order, cut at the kept count.
+
+    Raises:
+        ValueError: the plan names units the curves do not have.
+    """
+    missing = [name for name in plan.keep if name not in curves]
+    if missing:
+        raise ValueError(f"{missing[0]}: in the plan but without a curve; allocate from these curves")
+    return {name: curves[name].kept(count) for name, count in plan.keep.items()}

@@ -1,0 +1,222 @@
+"""The modules a realised model may hold besides stock `nn.Linear`s.
+
+`SlimAttention` is self-attention whose q/k width, v width and head count are free; `BlockSparseLinear`
+stores only the kept tiles of a weight; `ConstantBranch` is what is left of a branch with nothing in it.
+All are plain `nn.Module`s with plain tensors in their state dict.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hwprune.kernels import block_sparse_linear as bsl
+
+
+class ConstantBranch(nn.Module):
+    """A residual branch with every unit removed: it still contributes its output bias.
+
+    Args:
+        features: width of the output, D.
+        bias: [D], or None for a branch without bias (contributes zeros).
+    """
+
+    def __init__(self, features: int, bias: Tensor | None = None) -> None:
+        """Make the branch; `bias` is copied."""
+        super().__init__()
+        value = torch.zeros(features) if bias is None else bias.detach().clone()
+        self.bias = nn.Parameter(value)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Return the bias for every token: [..., D]; the input gives only the shape."""
+        return self.bias.to(x.dtype).expand(*x.shape[:-1], -1)
+
+
+class SlimAttention(nn.Module):
+    """Multi-head self-attention with its own q/k width and v width, over scaled_dot_product_attention.
+
+    Takes the calls timm's `Attention` and `AttentionRope` take, so it stands in their place.
+
+    Args:
+        dim: input width.
+        heads: kept heads, H.
+        qk_width: channels of q and k in each head.
+        v_width: channels of v in each head.
+        scale: softmax scale; the dense layer's, whatever the width.
+        dim_out: output width.
+        qkv_bias, proj_bias: whether the projections have biases.
+        attn_drop, proj_drop: dropout rates, as in the dense layer (training only).
+        q_norm, k_norm: norms over a head's channels (qk-norm), or None.
+        prefix_tokens: leading tokens that rotary embeddings leave alone.
+        rotate_half: layout of the rotary embedding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        qk_width: int,
+        v_width: int,
+        *,
+        scale: float,
+        dim_out: int | None = None,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+        prefix_tokens: int = 0,
+        rotate_half: bool = False,
+    ) -> None:
+        """Build the layer with torch's default initialisation."""
+        super().__init__()
+        if min(heads, qk_width, v_width) < 1:
+            raise ValueError(
+                f"SlimAttention needs at least one head and channel, got heads={heads}, "
+                f"qk_width={qk_width}, v_width={v_width}; use ConstantBranch for an empty layer"
+            )
+        self.num_heads, self.qk_width, self.v_width, self.scale = heads, qk_width, v_width, scale
+        self.head_dim = qk_width  # the name other code looks for
+        # One fused projection, rows [q | k | v]: one GEMM instead of three small ones.
+        self.qkv = nn.Linear(dim, heads * (2 * qk_width + v_width), bias=qkv_bias)
+        self.q_norm = q_norm if q_norm is not None else nn.Identity()
+        self.k_norm = k_norm if k_norm is not None else nn.Identity()
+        self.proj = nn.Linear(heads * v_width, dim_out or dim, bias=proj_bias)
+        self.attn_drop_p, self.proj_drop_p = attn_drop, proj_drop
+        self.prefix_tokens, self.rotate_half = prefix_tokens, rotate_half
+
+    def extra_repr(self) -> str:
+        """Widths, for print(model)."""
+        return f"heads={self.num_heads}, qk_width={self.qk_width}, v_width={self.v_width}"
+
+    def _rotary(self, t_BHTd: Tensor, rope: Tensor) -> Tensor:
+        from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+        n = self.prefix_tokens
+        if self.rotate_half:
+            turned = apply_rot_embed_cat(t_BHTd[:, :, n:], rope, half=True)
+        else:
+            turned = apply_rot_embed_cat(t_BHTd[:, :, n:], rope)
+        return torch.cat([t_BHTd[:, :, :n], turned], dim=2)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend. x: [B, T, dim] -> [B, T, dim_out]."""
+        batch, tokens, _ = x.shape
+        heads, qk, v_width = self.num_heads, self.qk_width, self.v_width
+        q, k, v = self.qkv(x).split([heads * qk, heads * qk, heads * v_width], dim=-1)
+        q = self.q_norm(q.view(batch, tokens, heads, qk).transpose(1, 2))
+        k = self.k_norm(k.view(batch, tokens, heads, qk).transpose(1, 2))
+        v = v.view(batch, tokens, heads, v_width).transpose(1, 2)
+        if rope is not None:
+            q, k = self._rotary(q, rope).type_as(v), self._rotary(k, rope).type_as(v)
+        dropout = self.attn_drop_p if self.training else 0.0
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+        )
+        out = self.proj(out.transpose(1, 2).reshape(batch, tokens, heads * v_width))
+        return F.dropout(out, self.proj_drop_p, self.training)
+
+
+class BlockSparseLinear(nn.Module):
+    """y = x Wᵀ + b that stores, and multiplies by, only the kept tiles of W.
+
+    Tiles are (rows, cols) of W's [out, in]; border tiles are zero-padded in storage and any size of W
+    is allowed. State dict: `values` [kept, rows, cols], `row_index`, `col_index` [kept] int32, `bias`.
+
+    Args:
+        in_features, out_features: of the dense weight.
+        block: (rows, cols) of a tile.
+        kept: number of stored tiles.
+        bias: whether there is one.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, block: tuple[int, int], kept: int, *, bias: bool
+    ) -> None:
+        """Make an empty layer, zeros everywhere; `from_dense` fills one."""
+        super().__init__()
+        if min(block) < 1:
+            raise ValueError(f"block sides must be at least 1, got {block}")
+        self.in_features, self.out_features, self.block = in_features, out_features, tuple(block)
+        self.values = nn.Parameter(torch.zeros(kept, *block))
+        self.register_buffer("row_index", torch.zeros(kept, dtype=torch.int32))
+        self.register_buffer("col_index", torch.zeros(kept, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(tile rows, tile cols)."""
+        rows, cols = self.block
+        return -(-self.out_features // rows), -(-self.in_features // cols)
+
+    @property
+    def density(self) -> float:
+        """Kept fraction of tiles."""
+        return self.values.shape[0] / (self.grid[0] * self.grid[1])
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Linear, keep: Tensor, block: tuple[int, int] = (64, 64)
+    ) -> BlockSparseLinear:
+        """Keep the tiles of `linear` that `keep` marks.
+
+        Args:
+            linear: the dense layer; it is not changed.
+            keep: bool [ceil(out / rows), ceil(in / cols)], True = keep.
+            block: (rows, cols).
+
+        Raises:
+            ValueError: `keep` has another shape or dtype.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            block,
+            int(keep.sum()) if keep.dtype == torch.bool else 0,
+            bias=linear.bias is not None,
+        )
+        if keep.dtype != torch.bool or tuple(keep.shape) != layer.grid:
+            raise ValueError(
+                f"keep: expected bool {layer.grid} for a weight {tuple(linear.weight.shape)} in tiles of "
+                f"{block}, got {keep.dtype} {tuple(keep.shape)}"
+            )
+        values, row_index, col_index = bsl.pack(linear.weight.detach(), keep, block)
+        layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        layer.values.data, layer.row_index, layer.col_index = values, row_index, col_index
+        if layer.bias is not None:
+            assert linear.bias is not None
+            layer.bias.data = linear.bias.detach().clone()
+        return layer
+
+    def to_dense(self) -> Tensor:
+        """The weight with zeros where tiles were dropped: [out, in]."""
+        return bsl.unpack(
+            self.values, self.row_index, self.col_index, (self.out_features, self.in_features)
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}, "
+            f"density={self.density:.3f}, bias={self.bias is not None}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        return bsl.block_sparse_linear(
+            x, self.values, self.row_index, self.col_index, self.bias, self.out_features
+        )

@@ -1,0 +1,225 @@
+"""The choices a plan has: for every layer, the structures it can take, with distortion and cost.
+
+Attention offers heads x q/k width x v width, an MLP its neurons, a linear under blocks its tiles; a
+layer that allows both structured and block pruning offers them side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, layer_params
+from hwprune.distortion import Curve
+from hwprune.units import AttentionLayer, Layer, layers_of
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to leave a layer (or one linear of it, under blocks)."""
+
+    structure: Structure
+    keep: Mapping[str, int]  # units name -> kept count
+    distortion: float
+    macs: float
+    params: float
+
+
+def levels(count: int, round_to: int) -> list[int]:
+    """Kept counts worth offering: multiples of `round_to`, and all. Small grids step finer."""
+    step = round_to if count >= 4 * round_to else max(1, count // 8)
+    return sorted({*range(0, count, step), count})
+
+
+def _attention_options(
+    model: nn.Module,
+    layer: AttentionLayer,
+    curves: Mapping[str, Curve],
+    gain: Mapping[str, float],
+    tokens: int,
+    round_to: int,
+) -> list[Option]:
+    """Every (heads, qk, v) the curves allow, with per-head tails of the kept heads."""
+    head, qk, vo = (curves.get(f"{layer.name}:{kind}") for kind in ("head", "qk", "vo"))
+    width = layer.head_dim
+    channel = min(round_to, 8)  # head channels: 8 is what tensor cores and SDPA kernels ask for
+    options = []
+    for heads in range(layer.heads + 1) if head is not None else [layer.heads]:
+        kept = head.kept(heads) if head is not None else None
+        base = float(head.distortion[layer.heads - heads]) if head is not None else 0.0
+        for q_width in levels(width, channel) if qk is not None else [width]:
+            for v_width in levels(width, channel) if vo is not None else [width]:
+                if heads and not q_width:
+                    continue
+                if (heads == 0) != (v_width == 0) and head is not None:
+                    continue
+                loss, keep = base * gain.get("head", 1.0), {}
+                for kind, curve, count in (("qk", qk, q_width), ("vo", vo, v_width)):
+                    if curve is None:
+                        continue
+                    keep[curve.units.name] = count if heads else width
+                    if not heads:
+                        continue
+                    tail = curve.distortion[width - count]
+                    assert curve.rotation is not None
+                    if kept is not None and heads < layer.heads:
+                        tails = curve.rotation.tail[:, count]
+                        tail = tail * tails[kept].sum() / tails.sum().clamp_min(1e-300)
+                    loss += float(tail) * gain.get(kind, 1.0)
+                if head is not None:
+                    keep[head.units.name] = heads
+                structure = Structure(heads=heads, qk=q_width, v=v_width)
+                options.append(
+                    Option(
+                        structure,
+                        keep,
+                        loss,
+                        layer_macs(model, layer, structure, tokens),
+                        layer_params(model, layer, structure),
+                    )
+                )
+    return options
+
+
+def _neuron_options(
+    model: nn.Module,
+    layer: Layer,
+    curve: Curve,
+    gain: Mapping[str, float],
+    tokens: int,
+    round_to: int,
+) -> list[Option]:
+    options = []
+    for count in levels(curve.units.count, round_to):
+        structure = Structure(neurons=count)
+        loss = float(curve.distortion[curve.units.count - count]) * gain.get("neuron", 1.0)
+        options.append(
+            Option(
+                structure,
+                {curve.units.name: count},
+                loss,
+                layer_macs(model, layer, structure, tokens),
+                layer_params(model, layer, structure),
+            )
+        )
+    return options
+
+
+def _block_groups(
+    model: nn.Module,
+    layer: Layer,
+    curves: Sequence[Curve],
+    gain: Mapping[str, float],
+    tokens: int,
+) -> list[list[Option]]:
+    """One group a linear: kept tiles at up to 64 levels. Costs are per linear; products are fixed."""
+    groups = []
+    for curve in curves:
+        part = curve.units.slices[0]
+        assert part.tile is not None
+        name, area = part.param.removesuffix(".weight"), part.tile[0] * part.tile[1]
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        count = curve.units.count
+        options = []
+        for kept in sorted({*range(0, count, max(1, count // 64)), count}):
+            stored = min(kept * area, linear.weight.numel())
+            loss = float(curve.distortion[count - kept]) * gain.get("block", 1.0)
+            options.append(
+                Option(
+                    Structure(weights={name: stored}),
+                    {curve.units.name: kept},
+                    loss,
+                    float(tokens * stored),
+                    float(stored),
+                )
+            )
+        groups.append(options)
+    return groups
+
+
+def pareto(options: Sequence[Option]) -> list[Option]:
+    """Drop options that another beats on distortion, MACs and parameters together."""
+    ranked = sorted(options, key=lambda o: (o.macs, o.params, o.distortion))
+    kept: list[Option] = []
+    for option in ranked:
+        if not any(k.distortion <= option.distortion and k.params <= option.params for k in kept):
+            kept.append(option)
+    return kept
+
+
+def option_groups(
+    model: nn.Module,
+    curves: Mapping[str, Curve],
+    cost: ModelCost,
+    *,
+    round_to: int = 8,
+    gain: Mapping[str, float] | None = None,
+) -> list[tuple[Layer, list[Option]]]:
+    """The choices of the knapsack: one group a layer, or one a linear under blocks.
+
+    A layer with both block and structured curves offers its structured options and the hull of its
+    block options side by side; one or the other is taken.
+    """
+    gain = gain or {}
+    groups: list[tuple[Layer, list[Option]]] = []
+    for layer in layers_of(c.units for c in curves.values()):
+        tokens = cost.tokens[layer.name]
+        mine = {n: c for n, c in curves.items() if c.units.layer.name == layer.name}
+        blocks = [c for c in mine.values() if c.units.kind == "block"]
+        structured = {n: c for n, c in mine.items() if c.units.kind != "block"}
+        options: list[Option] = []
+        if structured and isinstance(layer, AttentionLayer):
+            options = _attention_options(model, layer, structured, gain, tokens, round_to)
+        elif structured:
+            (curve,) = structured.values()
+            options = _neuron_options(model, layer, curve, gain, tokens, round_to)
+        per_linear = _block_groups(model, layer, blocks, gain, tokens) if blocks else []
+        if options and per_linear:
+            dense = layer_macs(model, layer, dense_structure(layer), tokens)
+            options += _hull(per_linear, layer, mine, dense, cost, model)
+        if options:
+            groups.append((layer, pareto(options)))
+        else:
+            groups += [(layer, pareto(group)) for group in per_linear]
+    return groups
+
+
+def _hull(
+    per_linear: Sequence[Sequence[Option]],
+    layer: Layer,
+    mine: Mapping[str, Curve],
+    dense_macs: float,
+    cost: ModelCost,
+    model: nn.Module,
+) -> list[Option]:
+    """Block options of a whole layer: the lower convex hull of the sum over its linears."""
+    full = {n: c.units.count for n, c in mine.items() if c.units.kind != "block"}
+    slopes = {0.0}
+    for group in per_linear:
+        for a, b in zip(group, group[1:], strict=False):
+            if b.macs > a.macs:
+                slopes.add(max(0.0, (a.distortion - b.distortion) / (b.macs - a.macs)))
+    linear_dense = sum(group[-1].macs for group in per_linear)
+    out = []
+    for slope in sorted(slopes):
+        chosen = [_cheapest(group, slope) for group in per_linear]
+        weights = {n: w for o in chosen for n, w in (o.structure.weights or {}).items()}
+        structure = Structure(weights=weights)
+        out.append(
+            Option(
+                structure,
+                {**full, **{n: k for o in chosen for n, k in o.keep.items()}},
+                sum(o.distortion for o in chosen),
+                dense_macs - linear_dense + sum(o.macs for o in chosen),
+                layer_params(model, layer, structure),
+            )
+        )
+    return out
+
+
+def _cheapest(group: Sequence[Option], slope: float) -> Option:
+    """The option a Lagrangian with this price of a MAC picks."""
+    return min(group, key=lambda option: option.distortion + slope * option.macs)

@@ -180,6 +180,8 @@ def _build(seed: int) -> nn.Module:
             pretrained_cfg_overlay={
                 "url": "",
                 "hf_hub_id": None,
+                "tag": "digits",
+                "license": None,
                 "input_size": INPUT_SIZE,
                 "mean": (0.5,),
                 "std": (0.5,),

@@ -72,6 +72,7 @@ def test_the_metadata_is_that_of_the_digits_not_of_imagenet():
     cfg = digits_model(pretrained=False).pretrained_cfg
     assert tuple(cfg["input_size"]) == digits.INPUT_SIZE
     assert cfg["num_classes"] == 10 and not cfg.get("url") and not cfg.get("hf_hub_id")
+    assert cfg["tag"] == "digits" and "license" not in cfg
 
 
 def test_there_is_something_of_every_kind_to_prune():

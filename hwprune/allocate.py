@@ -248,5 +248,7 @@ def select(curves: Mapping[str, Curve], plan: Plan) -> Mask:
     """
     missing = [name for name in plan.keep if name not in curves]
     if missing:
-        raise ValueError(f"{missing[0]}: in the plan but without a curve; allocate from these curves")
+        raise ValueError(
+            f"{missing[0]}: in the plan but without a curve; allocate from these curves"
+        )
     return {name: curves[name].kept(count) for name, count in plan.keep.items()}

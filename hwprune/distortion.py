@@ -21,7 +21,7 @@ from hwprune.obs import (
 )
 from hwprune.rotate import Rotation, rotation_qk, rotation_vo
 from hwprune.statistics import Moments, Progress, Statistics
-from hwprune.units import AttentionLayer, Units, get_linear
+from hwprune.units import AttentionLayer, Scores, Units, get_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,3 +156,27 @@ def _curve(model: nn.Module, unit: Units, statistics: Statistics) -> Curve:
         return _structured(model, unit, linear[name])
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{unit.name}: {error}") from error
+
+
+def curves_from_scores(units: Sequence[Units], scores: Scores) -> dict[str, Curve]:
+    """Curves of any criterion: units leave in the order of their scores, whose sum is the distortion.
+
+    Args:
+        units: the units scored.
+        scores: units name -> scores of the grid's shape; negative ones count as zero.
+
+    Raises:
+        ValueError: scores are missing, mis-shaped or not finite.
+    """
+    found: dict[str, Curve] = {}
+    for unit in units:
+        score = scores.get(unit.name)
+        if score is None or tuple(score.shape) != unit.shape:
+            got = None if score is None else tuple(score.shape)
+            raise ValueError(f"{unit.name}: expected scores of shape {unit.shape}, got {got}")
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"{unit.name}: scores hold NaN or Inf")
+        ranked, order = score.detach().double().flatten().clamp_min(0).sort(stable=True)
+        zero = torch.zeros(1, dtype=torch.float64)
+        found[unit.name] = Curve(unit, order, torch.cat([zero, ranked.cpu().cumsum(0)]))
+    return found

@@ -153,6 +153,8 @@ class BlockSparseLinear(nn.Module):
             raise ValueError(f"block sides must be at least 1, got {block}")
         self.in_features, self.out_features, self.block = in_features, out_features, tuple(block)
         self.values = nn.Parameter(torch.zeros(kept, *block))
+        self.row_index: Tensor
+        self.col_index: Tensor
         self.register_buffer("row_index", torch.zeros(kept, dtype=torch.int32))
         self.register_buffer("col_index", torch.zeros(kept, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None

@@ -1,6 +1,6 @@
 """Optimal brain surgeon on groups of weights: what removing k of them costs, at best.
 
-A linear y = W x with second moment H = E[x xᵀ] loses ½ tr(G E Eᵀ…) when columns leave: after the best
+A linear y = W x with second moment H = E[x xᵀ] loses ½ tr(G Δ H Δᵀ) when Δ is taken from W: after the best
 re-fit of the kept weights the loss is a Schur complement, so greedy removal is a sequence of low-rank
 updates of C = H⁻¹ (Hassibi and Stork 1993; Frantar and Alistarh, "Optimal Brain Compression", 2022).
 G, the output-side metric, makes the loss one on the model's output (Kronecker-factored Gauss-Newton).
@@ -176,7 +176,7 @@ def eliminate_blocks(
     Returns:
         order [R, U] (first removed first) and marginal loss [R, U] of each removal.
     """
-    block_rows, _, inputs = weight_ROI.shape
+    inputs = weight_ROI.shape[-1]
     blocks = -(-inputs // cols)
     padded = blocks * cols
     # float32 above 1024 inputs halves the traffic of a memory-bound loop; damping (1e-3 of the mean
@@ -205,7 +205,11 @@ def _eliminate_blocks_batch(work: Tensor, base: Tensor, cols: int) -> tuple[Tens
     each = torch.arange(batch, device=work.device)
     for step in range(blocks):
         diagonal_bUCC = torch.stack(
-            [inverse[:, u * cols : (u + 1) * cols, u * cols : (u + 1) * cols] for u in range(blocks)], 1
+            [
+                inverse[:, u * cols : (u + 1) * cols, u * cols : (u + 1) * cols]
+                for u in range(blocks)
+            ],
+            1,
         )
         factor = torch.linalg.cholesky_ex(diagonal_bUCC)[0]
         columns_bUCO = work.view(batch, rows, blocks, cols).permute(0, 2, 3, 1)

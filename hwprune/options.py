@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import torch
 from torch import nn
 
 from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, layer_params
@@ -63,10 +65,13 @@ def _attention_options(
                     if not heads:
                         continue
                     tail = curve.distortion[width - count]
-                    assert curve.rotation is not None
                     if kept is not None and heads < layer.heads:
-                        tails = curve.rotation.tail[:, count]
-                        tail = tail * tails[kept].sum() / tails.sum().clamp_min(1e-300)
+                        # Only the heads that stay lose channels.
+                        share = torch.full((layer.heads,), 1.0 / layer.heads, dtype=torch.float64)
+                        if curve.rotation is not None:
+                            tails = curve.rotation.tail[:, count]
+                            share = tails / tails.sum().clamp_min(1e-300)
+                        tail = tail * share[kept].sum()
                     loss += float(tail) * gain.get(kind, 1.0)
                 if head is not None:
                     keep[head.units.name] = heads
@@ -199,7 +204,7 @@ def _hull(
     full = {n: c.units.count for n, c in mine.items() if c.units.kind != "block"}
     slopes = {0.0}
     for group in per_linear:
-        for a, b in zip(group, group[1:], strict=False):
+        for a, b in pairwise(group):
             if b.macs > a.macs:
                 slopes.add(max(0.0, (a.distortion - b.distortion) / (b.macs - a.macs)))
     linear_dense = sum(group[-1].macs for group in per_linear)

@@ -110,7 +110,9 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
     if not by_layer:
         raise ValueError("realise: the mask keeps everything, so there is nothing to remove")
     tiles = {
-        u.slices[0].param.removesuffix(".weight"): u.slices[0].tile for u in units if u.kind == "block"
+        u.slices[0].param.removesuffix(".weight"): u.slices[0].tile
+        for u in units
+        if u.kind == "block"
     }
     shape: Shape = {}
     for layer in layers_of(units):
@@ -151,7 +153,8 @@ def _constant(model: nn.Module, layer: Layer) -> dict[str, Any]:
 
 def _small_linear(source: nn.Linear, rows: Tensor | None, cols: Tensor | None) -> nn.Linear:
     """A linear that keeps some rows and columns of another."""
-    weight, bias = source.weight.detach(), source.bias
+    weight: Tensor = source.weight.detach()
+    bias: Tensor | None = source.bias
     if rows is not None:
         weight = weight[rows]
         bias = bias[rows] if bias is not None else None
@@ -180,7 +183,9 @@ def _cut_mlp(model: nn.Module, layer: Layer, keep: Tensor) -> dict[str, Any]:
     return {"type": "mlp", "neurons": len(kept)}
 
 
-def slim_attention(model: nn.Module, layer: AttentionLayer, sizes: Mapping[str, Any]) -> SlimAttention:
+def slim_attention(
+    model: nn.Module, layer: AttentionLayer, sizes: Mapping[str, Any]
+) -> SlimAttention:
     """An empty `SlimAttention` of the given sizes, with everything else as in the dense layer."""
     old = model.get_submodule(layer.name)
     q, out = get_linear(model, layer.q.linear), get_linear(model, layer.out)

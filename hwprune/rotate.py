@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hwprune.obs import sqrt_psd
 from hwprune.statistics import Moments
-from hwprune.units import AttentionLayer, Rows, get_linear
+from hwprune.units import AttentionLayer, Layer, Rows, get_linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def _rotate_rows_(model: nn.Module, rows: Rows, map_HDD: Tensor, layer: Attentio
 
 
 @torch.no_grad()
-def rotate_(model: nn.Module, layer: AttentionLayer, kind: str, rotation: Rotation) -> None:
+def rotate_(model: nn.Module, layer: Layer, kind: str, rotation: Rotation) -> None:
     """Change the basis of a layer in place; the model computes what it did, up to rounding.
 
     Args:
@@ -117,6 +117,7 @@ def rotate_(model: nn.Module, layer: AttentionLayer, kind: str, rotation: Rotati
         kind: "qk" or "vo".
         rotation: from `rotation_qk` or `rotation_vo`.
     """
+    assert isinstance(layer, AttentionLayer)
     rotation = balance(rotation, model, layer, kind)
     if kind == "qk":
         _rotate_rows_(model, layer.q, rotation.first, layer)

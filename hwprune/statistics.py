@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hwprune.units import AttentionLayer, Units, get_linear, layers_of, reduce
+from hwprune.units import AttentionLayer, Units, get_linear, reduce
 
 Progress = Callable[[int, int], None]  # (done, total)
 Weighting = Literal["gradient", "uniform"]
@@ -72,7 +72,9 @@ class Moments:
         total = self.weight_sum.clamp_min(1e-300)
         assert self._shift is not None
         mean = self.mean / total[..., None]
-        self.centred = self.second / total[..., None, None] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        self.centred = self.second / total[..., None, None] - mean.unsqueeze(-1) * mean.unsqueeze(
+            -2
+        )
         self.mean = mean + self._shift.squeeze(-2).double()
         self.second = self.centred + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
         self.metric /= images
@@ -81,7 +83,9 @@ class Moments:
         self._weights = []
 
     @classmethod
-    def zeros(cls, lead: tuple[int, ...], inputs: int, outputs: int, device: torch.device) -> Moments:
+    def zeros(
+        cls, lead: tuple[int, ...], inputs: int, outputs: int, device: torch.device
+    ) -> Moments:
         """Empty moments."""
 
         def zero(*shape: int) -> Tensor:
@@ -238,7 +242,9 @@ def calibrate(
                 "zero classifier?); prune a trained model"
             )
         moments.finish(images, weighting)
-    held = [t for m in [*linear.values(), *queries.values()] for t in (m.second, m.centred, m.metric)]
+    held = [
+        t for m in [*linear.values(), *queries.values()] for t in (m.second, m.centred, m.metric)
+    ]
     held += [t for parts in unit_sums.values() for t in parts]
     return Statistics(
         linear,
@@ -339,7 +345,9 @@ def _watch_sums(
                 grad_NOI = torch.einsum("n...o,n...i->noi", grad, x) * weight
                 for unit in members:
                     part = unit.slices[_cut(unit)]
-                    sums[unit.name].append(torch.stack([reduce(g, part) for g in grad_NOI]).flatten(1))
+                    sums[unit.name].append(
+                        torch.stack([reduce(g, part) for g in grad_NOI]).flatten(1)
+                    )
 
             out.register_hook(backward)
 

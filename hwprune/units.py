@@ -222,4 +222,6 @@ def layers_of(units: Iterable[Units]) -> list[Layer]:
     seen: dict[str, Layer] = {}
     for u in units:
         seen.setdefault(u.layer.name, u.layer)
-    return sorted(seen.values(), key=lambda layer: (layer.stage, not isinstance(layer, AttentionLayer)))
+    return sorted(
+        seen.values(), key=lambda layer: (layer.stage, not isinstance(layer, AttentionLayer))
+    )

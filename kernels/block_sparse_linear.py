@@ -77,7 +77,9 @@ def block_sparse_linear(
 
     Args:
         x: [..., K].
-        values, row_index, col_index: the stored tiles.
+        values: [S, R, C] stored tiles.
+        row_index: [S] tile row of each.
+        col_index: [S] tile column of each.
         bias: [N] or None.
         out_features: N.
 

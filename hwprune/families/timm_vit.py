@@ -7,6 +7,7 @@ residual stream, and says what can leave together. What cannot be cut exactly is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +69,13 @@ def stages(model: nn.Module) -> list[nn.Module]:
     )
 
 
-def _is_identity(module: nn.Module | None) -> bool:
+def _is_identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
 
 
 def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     """The layer, or the reason it is left dense."""
-    attn = model.get_submodule(name)
+    attn: Any = model.get_submodule(name)
     if type(attn).__name__ not in _ATTENTION:
         return f"{name}: attention of type {type(attn).__name__} is not known to be cut exactly"
     heads, head_dim = int(attn.num_heads), int(attn.head_dim)
@@ -103,10 +104,11 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
 
 def _mlp(model: nn.Module, name: str, stage: int) -> MlpLayer | str:
     """The layer, or the reason it is left dense."""
-    mlp = model.get_submodule(name)
+    mlp: Any = model.get_submodule(name)
     if type(mlp).__name__ not in _MLP or not isinstance(mlp.fc2, nn.Linear):
         return f"{name}: MLP of type {type(mlp).__name__} is not known to be cut exactly"
     hidden = mlp.fc2.in_features
+    inputs: tuple[Rows, ...]
     refused: dict[str, str] = {}
     if not _is_identity(getattr(mlp, "norm", None)):
         refused["neuron"] = "a norm over the hidden neurons mixes them all"
@@ -227,10 +229,12 @@ def find_units(
             if kind == "block":
                 units += [_tiles(model, layer, name, block) for name in linears_of(layer)]
             else:
-                found = _structured(model, layer, kind)
+                found = _structured(model, layer, cast(Kind, kind))
                 units += [found] if found is not None else []
     if not units:
-        raise ValueError(f"no layer of {type(model).__name__} has units of kinds {list(kinds or ())}")
+        raise ValueError(
+            f"no layer of {type(model).__name__} has units of kinds {list(kinds or ())}"
+        )
     return units
 
 

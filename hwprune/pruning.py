@@ -1,0 +1,283 @@
+"""The one road from a dense model to a smaller one: calibrate, price, allocate, repair, realise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hwprune.allocate import Budget, Plan, allocate, select
+from hwprune.checkpoint import describe_base
+from hwprune.cost import ModelCost, count_macs, model_cost
+from hwprune.distortion import Curve, curves
+from hwprune.families import timm_vit
+from hwprune.realise import realise_
+from hwprune.repair import repair_
+from hwprune.report import Report, environment
+from hwprune.rotate import rotate_
+from hwprune.statistics import (
+    Statistics,
+    calibrate,
+    is_classifier,
+    model_output,
+    output_distance,
+)
+from hwprune.units import Mask, Units, full_mask, layers_of
+
+StepProgress = Callable[[str, int, int], None]  # (step, done, total)
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Everything that does not depend on the budget: one analysis serves any number of budgets.
+
+    Attributes:
+        units: what may be removed.
+        statistics: of the calibration pass.
+        curves: units name -> distortion curve.
+        cost: dense cost and tokens.
+        gain: kind -> factor on its curves.
+        seconds: step -> wall time.
+    """
+
+    units: Sequence[Units]
+    statistics: Statistics
+    curves: dict[str, Curve]
+    cost: ModelCost
+    gain: dict[str, float]
+    seconds: dict[str, float]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def _on_device(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    parameter = next(model.parameters())
+    return [b.to(parameter.device, parameter.dtype) for b in batches if len(b)]
+
+
+# Second-order curves are exact for small changes; further out the softmax makes q/k (and, less, v)
+# errors cost more than predicted. Ratios of true to predicted KL on ViT-Tiny are in the benchmark
+# `curve-normalisation`.
+GAIN = {"qk": 3.0, "vo": 1.5, "neuron": 1.0, "head": 1.5, "block": 1.0}
+
+
+def analyse(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    kinds: Sequence[str] | None = None,
+    block: tuple[int, int] = (32, 32),
+    seed: int = 0,
+    progress: StepProgress | None = None,
+) -> Analysis:
+    """Calibrate a dense model and price the removal of every unit.
+
+    Args:
+        model: dense; unchanged.
+        batches: calibration images [B, 3, height, width], label-free.
+        kinds: unit kinds; None = all structured kinds the model allows.
+        block: tile size for the kind block.
+        seed: of the gradient probe.
+        progress: called with (step, done, total).
+
+    Raises:
+        ValueError: see `find_units` and `calibrate`.
+    """
+    seconds: dict[str, float] = {}
+
+    def report(step: str) -> Callable[[int, int], None] | None:
+        if progress is None:
+            return None
+        return lambda done, total: progress(step, done, total)
+
+    units = timm_vit.find_units(model, kinds, block=block)
+    batches = _on_device(model, batches)
+    with _timed(seconds, "calibrate"):
+        statistics = calibrate(model, units, batches, seed=seed, progress=report("calibrate"))
+    with _timed(seconds, "curves"):
+        found = curves(model, units, statistics, progress=report("curves"))
+        cost = model_cost(model, layers_of(units), batches[0])
+    return Analysis(units, statistics, found, cost, dict(GAIN), seconds)
+
+
+def prune(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    budget: Budget,
+    *,
+    device: str | None = None,
+    kinds: Sequence[str] | None = None,
+    repair: bool = True,
+    seed: int = 0,
+    block: tuple[int, int] = (32, 32),
+    round_to: int = 8,
+    analysis: Analysis | None = None,
+    progress: StepProgress | None = None,
+) -> Report:
+    """Prune a timm vision transformer in place to a budget, without training and without labels.
+
+    Args:
+        model: dense timm ViT; on return it is the smaller model (still the same `nn.Module`).
+        batches: calibration images [B, 3, height, width], normalised as the model wants them.
+        budget: e.g. Budget(macs=0.6); a limit of 1.0 or more leaves the model bit for bit as it is.
+        device: device profile, for budgets that need one; macs and params need none.
+        kinds: unit kinds; None = head, neuron, qk, vo, whichever the model allows: at equal MACs they
+            keep more accuracy than blocks (README, results).
+        repair: re-fit what is kept in closed form.
+        seed: of the calibration probe.
+        block: tile size for the kind block.
+        round_to: keep neurons in multiples of this.
+        analysis: of this same model and these batches, to serve several budgets from one calibration
+            (prune a deepcopy for each).
+        progress: called with (step, done, total).
+
+    Returns:
+        Report.
+
+    Raises:
+        UnreachableBudget: the budget is out of reach; the model is unchanged.
+        ValueError: bad input; the model is unchanged.
+    """
+    if device is not None:
+        raise ValueError(
+            f"device={device!r}: budgets macs and params need no device profile; leave device out"
+        )
+    analysis = analysis or analyse(
+        model, batches, kinds=kinds, block=block, seed=seed, progress=progress
+    )
+    seconds = dict(analysis.seconds)
+    batches = _on_device(model, batches)
+    with _timed(seconds, "allocate"):
+        plan = allocate(
+            model, analysis.curves, analysis.cost, budget, round_to=round_to, gain=analysis.gain
+        )
+        mask = {**full_mask(analysis.units), **select(analysis.curves, plan)}
+    base = describe_base(model)
+    if all(bool(grid.all()) for grid in mask.values()):
+        return _finish(model, analysis, plan, budget, {}, base, seconds, batches, seed, 0.0)
+    classifier = is_classifier(model)
+    with torch.inference_mode():
+        dense_out = [model_output(model, b).clone() for b in batches]
+    snapshot = {name: p.detach().clone() for name, p in model.named_parameters()}
+    try:
+        with _timed(seconds, "repair"):
+            _rotate(model, analysis, mask)
+            if repair:
+                step = None if progress is None else (lambda d, t: progress("repair", d, t))
+                repair_(
+                    model,
+                    analysis.units,
+                    mask,
+                    analysis.statistics,
+                    batches,
+                    timm_vit.stages(model),
+                    progress=step,
+                )
+            else:
+                from hwprune.realise import zero_
+
+                zero_(model, analysis.units, mask)
+        with torch.inference_mode():
+            before = model_output(model, batches[0]).clone()
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(snapshot[name])
+        raise
+    with _timed(seconds, "realise"):
+        shape = realise_(model, analysis.units, mask)
+    with _timed(seconds, "check"), torch.inference_mode():
+        outs = [model_output(model, b) for b in batches]
+        _check_same(before, outs[0])
+        distance = torch.cat(
+            [
+                output_distance(out, ref, classifier=classifier)
+                for out, ref in zip(outs, dense_out, strict=True)
+            ]
+        )
+    return _finish(
+        model, analysis, plan, budget, shape, base, seconds, batches, seed, float(distance.mean())
+    )
+
+
+def _rotate(model: nn.Module, analysis: Analysis, mask: Mask) -> None:
+    for name, curve in analysis.curves.items():
+        if curve.rotation is not None and not bool(mask[name].all()):
+            layer = curve.units.layer
+            rotate_(model, layer, curve.units.kind, curve.rotation)
+
+
+def _check_same(masked_out: Tensor, realised_out: Tensor) -> None:
+    """The realised model must say what the masked one said: no head mixed, no scale changed."""
+    if not bool(torch.isfinite(realised_out).all()):
+        raise RuntimeError("the realised model gives NaN or Inf on calibration images")
+    error = float((masked_out.double() - realised_out.double()).norm())
+    size = float(masked_out.double().norm())
+    tolerance = 1e-3 if realised_out.dtype == torch.float32 else 5e-2
+    if error > tolerance * max(size, 1e-6):
+        raise RuntimeError(
+            f"the realised model differs from the masked one by {error / size:.2e} of its output "
+            f"(allowed {tolerance:.0e}); please report this model"
+        )
+
+
+def _finish(
+    model: nn.Module,
+    analysis: Analysis,
+    plan: Plan,
+    budget: Budget,
+    shape: dict[str, dict[str, object]],
+    base: dict[str, object],
+    seconds: dict[str, float],
+    batches: Sequence[Tensor],
+    seed: int,
+    measured: float,
+) -> Report:
+    """Write the report and leave the spec on the model for `save`."""
+    macs = count_macs(model, batches[0][:1])
+    rows = []
+    for layer in layers_of(analysis.units):
+        structure = {k: v for k, v in asdict(plan.structure[layer.name]).items() if v is not None}
+        rows.append({"layer": layer.name, "kept": structure})
+    kinds = tuple(dict.fromkeys(u.kind for u in analysis.units))
+    statistics = analysis.statistics
+    report = Report(
+        {k: v for k, v in asdict(budget).items() if v is not None},
+        kinds,
+        macs,
+        sum(p.numel() for p in model.parameters()),
+        plan.dense_macs,
+        int(plan.dense_params),
+        {
+            "predicted": plan.distortion,
+            "measured": measured,
+            "unit": "nats" if statistics.output == "kl" else "half squared feature distance",
+        },
+        tuple(rows),
+        {
+            "images": statistics.images,
+            "weighting": statistics.weighting,
+            "bytes": statistics.peak_bytes,
+            "seed": seed,
+        },
+        seconds,
+        () if shape else ("the budget allows the dense model: nothing was removed",),
+        environment(),
+    )
+    model.hwprune_spec = {  # type: ignore[assignment]
+        "version": 1,
+        "base": base,
+        "shape": shape,
+        "kinds": list(kinds),
+        "report": report.to_dict(),
+    }
+    return report

@@ -1,0 +1,317 @@
+"""Closed-form re-fit of what is kept, layer after layer, on inputs from the already pruned model.
+
+For each cut layer, in the order the model runs them: the dense layer and the cut layer see the same
+input (the stream of the already pruned model), and the kept columns of the output linear are re-fitted
+by weighted least squares so that the cut layer says what the dense one would, the mean folded into the
+bias. Fitting to the dense model's own stream instead (an asymmetric target) shrinks every branch and
+compounds: on ViT-Tiny at 0.70 of the MACs, KL 0.96 against 0.59 (256 images, one run).
+
+Shapes: N images, T tokens, I inputs and O outputs of a linear, S kept inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hwprune.realise import restore_, zero_
+from hwprune.statistics import Progress, Statistics, frozen
+from hwprune.units import Layer, Mask, Units, expand, get_linear, layers_of
+
+# Share of the token weight that follows each image's gradient, its average over images, and nothing.
+# Gradients of 256 images alone leave 70 to 250 effective tokens for up to 768 regressors.
+_MIX = (1.0, 0.3, 0.05)
+
+
+class _Stop(Exception):
+    """Raised by a hook once it has what it came for."""
+
+
+@dataclass
+class _Sums:
+    """Weighted cross moments between the cut and the full input of one linear, about a shift."""
+
+    shift_cut: Tensor
+    shift_full: Tensor
+    cut_cut: Tensor
+    cut_full: Tensor
+    cut: Tensor
+    full: Tensor
+    weight: Tensor
+
+    @classmethod
+    def start(cls, cut_MI: Tensor, full_MI: Tensor) -> _Sums:
+        """Empty sums; the shift is the first batch's mean (see `Moments.add`)."""
+        inputs = cut_MI.shape[1]
+        zero = torch.zeros(inputs, dtype=torch.float64, device=cut_MI.device)
+        square = torch.zeros(inputs, inputs, dtype=torch.float64, device=cut_MI.device)
+        return cls(
+            cut_MI.mean(0), full_MI.mean(0), square, square.clone(), zero, zero.clone(), zero.sum()
+        )
+
+    def add(self, cut_MI: Tensor, full_MI: Tensor, weight_M: Tensor) -> None:
+        """Add a batch of M tokens."""
+        cut, full = cut_MI - self.shift_cut, full_MI - self.shift_full
+        weighted_MI = cut * weight_M[:, None]
+        self.cut_cut += (weighted_MI.T @ cut).double()
+        self.cut_full += (weighted_MI.T @ full).double()
+        self.cut += weighted_MI.sum(0).double()
+        self.full += (full * weight_M[:, None]).sum(0).double()
+        self.weight = self.weight + weight_M.sum().double()
+
+    def finish(self, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """E[cut cutᵀ], E[cut fullᵀ] (centred or raw), E[cut], E[full]."""
+        cut, full = self.cut / self.weight, self.full / self.weight
+        cut_cut = self.cut_cut / self.weight - torch.outer(cut, cut)
+        cut_full = self.cut_full / self.weight - torch.outer(cut, full)
+        mean_cut, mean_full = cut + self.shift_cut.double(), full + self.shift_full.double()
+        if not centred:
+            cut_cut = cut_cut + torch.outer(mean_cut, mean_cut)
+            cut_full = cut_full + torch.outer(mean_cut, mean_full)
+        return cut_cut, cut_full, mean_cut, mean_full
+
+
+@dataclass
+class _Stream:
+    """The activations entering one stage of the pruned model, for all calibration images."""
+
+    module: nn.Module
+    kwargs: Mapping[str, Any]
+    inputs: list[Tensor]
+
+    def capture(self, linear: nn.Linear, batch: Tensor) -> Tensor:
+        """Input of `linear` [B * T, I] when the stage runs on `batch`."""
+        seen: list[Tensor] = []
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].detach())
+            raise _Stop
+
+        handle = linear.register_forward_pre_hook(hook)
+        try:
+            with suppress(_Stop):
+                self.module(batch, **self.kwargs)
+        finally:
+            handle.remove()
+        return seen[0].flatten(0, -2)
+
+
+def _stage_calls(
+    model: nn.Module, stages: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
+    """Inputs of the first stage for every batch, and the keyword arguments every stage gets.
+
+    Raises:
+        ValueError: a stage's input is not the output of the stage before.
+    """
+    kwargs: list[Mapping[str, Any]] = [{} for _ in stages]
+    last: list[Tensor] = []
+    handles = []
+    for i, stage in enumerate(stages):
+
+        def before(
+            _: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], i: int = i
+        ) -> None:
+            kwargs[i] = given
+            if i and not torch.equal(args[0], last[-1]):
+                raise ValueError(
+                    f"stage {i} does not take the output of stage {i - 1}: repair needs a plain column "
+                    "of blocks; prune with repair=False"
+                )
+
+        def after(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            last[:] = [out]
+
+        handles.append(stage.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(stage.register_forward_hook(after))
+    try:
+        model(batches[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs: list[Tensor] = []
+
+    def first(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0].detach().clone())
+        raise _Stop
+
+    handle = stages[0].register_forward_pre_hook(first)
+    try:
+        for batch in batches:
+            with suppress(_Stop):
+                model(batch)
+    finally:
+        handle.remove()
+    return inputs, kwargs
+
+
+def token_weights(statistics: Statistics, name: str, images: int, tokens: int) -> Tensor:
+    """Weight of each token [N, T] in the fit of one linear: gradient energy, tempered."""
+    moments = statistics.linear.get(name)
+    weight = moments.token_weight if moments is not None else None
+    if weight is None or weight.shape != (images, tokens):
+        return torch.ones(images, tokens)
+    weight = weight / weight.mean().clamp_min(1e-30)
+    own, average, flat = _MIX
+    return own * weight + average * weight.mean(0, keepdim=True) + flat
+
+
+def _gather(
+    stream: _Stream,
+    linear: nn.Linear,
+    weights: Tensor,
+    model: nn.Module,
+    dense: Mapping[str, Tensor],
+    current: Mapping[str, Tensor] | None,
+) -> _Sums:
+    """Cross moments of a linear's input under the dense and the current (cut) layer."""
+    sums: _Sums | None = None
+    start = 0
+    for batch in stream.inputs:
+        full_MI = stream.capture(linear, batch)
+        cut_MI = full_MI
+        if current is not None:
+            restore_(model, current)
+            cut_MI = stream.capture(linear, batch)
+            restore_(model, dense)
+        part = weights[start : start + len(batch)].flatten().to(full_MI)
+        start += len(batch)
+        sums = sums or _Sums.start(cut_MI, full_MI)
+        sums.add(cut_MI, full_MI, part)
+    assert sums is not None
+    return sums
+
+
+def _solve(cut_cut: Tensor, target: Tensor, prior: Tensor, damping: float) -> Tensor:
+    """Ridge towards the kept weights: (A + r I)⁻¹ (target + r prior). [S, S], [S, O], [S, O]."""
+    ridge = damping * cut_cut.diagonal().mean().clamp_min(1e-30)
+    system = cut_cut + ridge * torch.eye(len(cut_cut), dtype=cut_cut.dtype, device=cut_cut.device)
+    factor, info = torch.linalg.cholesky_ex(system)
+    if int(info):
+        raise ValueError("repair: moments are not positive definite; give more calibration images")
+    return torch.cholesky_solve(target + ridge * prior, factor)
+
+
+@torch.no_grad()
+def _refit_(linear: nn.Linear, keep_OI: Tensor, sums: _Sums, damping: float) -> None:
+    """Re-fit a linear on the entries `keep_OI` marks; rows with the same pattern are solved together."""
+    weight_OI = linear.weight.detach().double()
+    centred = linear.bias is not None
+    cut_cut, cut_full, mean_cut, mean_full = sums.finish(centred)
+    target_IO = cut_full @ weight_OI.T
+    fresh_OI = torch.zeros_like(weight_OI)
+    patterns, member = torch.unique(keep_OI, dim=0, return_inverse=True)
+    for i, pattern in enumerate(patterns):
+        rows, kept = (member == i).nonzero()[:, 0], pattern.nonzero()[:, 0]
+        if len(kept):
+            prior = weight_OI[rows][:, kept].T
+            fitted_SO = _solve(cut_cut[kept][:, kept], target_IO[kept][:, rows], prior, damping)
+            fresh_OI[rows[:, None], kept] = fitted_SO.T
+    if linear.bias is not None:
+        shift = weight_OI @ mean_full - fresh_OI @ mean_cut
+        linear.bias.copy_((linear.bias.double() + shift).to(linear.bias.dtype))
+    linear.weight.copy_(fresh_OI.to(linear.weight.dtype))
+
+
+def _params(model: nn.Module, units: Sequence[Units], layer: Layer) -> dict[str, Tensor]:
+    """Copies of every parameter a layer's units touch, the output bias included."""
+    names = {part.param for unit in units for part in unit.slices} | {f"{layer.out}.weight"}
+    names |= {name.removesuffix("weight") + "bias" for name in names}
+    known = dict(model.named_parameters())
+    return {name: known[name].detach().clone() for name in names if name in known}
+
+
+def _repair_layer(
+    model: nn.Module,
+    layer: Layer,
+    units: Sequence[Units],
+    mask: Mask,
+    statistics: Statistics,
+    stream: _Stream,
+    damping: float,
+) -> None:
+    """Re-fit one layer and leave it zeroed where the mask says so."""
+    dense = _params(model, units, layer)
+    blocks = {u.slices[0].param.removesuffix(".weight"): u for u in units if u.kind == "block"}
+    images, tokens = sum(len(b) for b in stream.inputs), stream.inputs[0].shape[-2]
+    # What the output linear reads changes only if something before it is cut in another way than by
+    # dropping whole columns: q/k channels and tiles.
+    first_in_order = list(blocks) or [layer.out]
+    current: dict[str, Tensor] | None = None
+    if not blocks:
+        upstream = [u for u in units if u.kind == "qk" and not bool(mask[u.name].all())]
+        if upstream:
+            zero_(model, upstream, {u.name: mask[u.name] for u in upstream})
+            current = _params(model, units, layer)
+            restore_(model, dense)
+    for name in first_in_order:
+        linear = get_linear(model, name)
+        weights = token_weights(statistics, name, images, tokens)
+        sums = _gather(stream, linear, weights, model, dense, current)
+        keep = torch.ones_like(linear.weight, dtype=torch.bool)
+        for unit in units:
+            for part in unit.slices:
+                if part.param == f"{name}.weight" and part.dim in (1, None):
+                    grid = mask[unit.name].to(keep.device)
+                    keep &= expand(grid, part, linear.weight.shape)
+        if current is not None:
+            restore_(model, current)
+            get_linear(model, name).weight.data.copy_(dense[f"{name}.weight"])
+        _refit_(linear, keep, sums, damping)
+        current = _params(model, units, layer)
+        restore_(model, dense)
+    assert current is not None
+    restore_(model, current)
+    zero_(model, units, {u.name: mask[u.name] for u in units})
+
+
+@torch.no_grad()
+def repair_(
+    model: nn.Module,
+    units: Sequence[Units],
+    mask: Mask,
+    statistics: Statistics,
+    batches: Sequence[Tensor],
+    stages: Sequence[nn.Module],
+    *,
+    damping: float = 1e-3,
+    progress: Progress | None = None,
+) -> None:
+    """Zero what the mask drops and re-fit what it keeps, in place.
+
+    Args:
+        model: dense, rotated where the mask speaks of qk or vo channels.
+        units: the units the mask is about.
+        mask: True = keep; names left out are kept.
+        statistics: of the same images, for token weights.
+        batches: the calibration images, in the order `statistics` saw them.
+        stages: the blocks of the model in order, from the family's `stages`.
+        damping: ridge towards the kept weights, relative to the mean of the moments' diagonal.
+        progress: called with (stages done, stages).
+
+    Raises:
+        ValueError: no images; a model whose blocks do not form a plain column.
+    """
+    if not sum(len(b) for b in batches):
+        raise ValueError("repair: expected calibration images, got none")
+    by_stage: dict[int, list[Layer]] = {}
+    for layer in layers_of(units):
+        mine = [u for u in units if u.layer.name == layer.name and u.name in mask]
+        if any(not bool(mask[u.name].all()) for u in mine):
+            by_stage.setdefault(layer.stage, []).append(layer)
+    with frozen(model):
+        inputs, kwargs = _stage_calls(model, stages, batches)
+        for i, stage in enumerate(stages):
+            stream = _Stream(stage, kwargs[i], inputs)
+            for layer in by_stage.get(i, []):
+                mine = [u for u in units if u.layer.name == layer.name and u.name in mask]
+                _repair_layer(model, layer, mine, mask, statistics, stream, damping)
+            for j, batch in enumerate(inputs):
+                inputs[j] = stage(batch, **kwargs[i])
+            if progress is not None:
+                progress(i + 1, len(stages))

@@ -17,14 +17,14 @@ PACKAGE = ROOT / "hwprune"
 # module gets its place in this table.
 LAYERS = (
     ("units", "kernels"),
-    ("layers", "obs", "device"),
-    ("families", "cost", "statistics", "rotate"),
-    ("criteria", "distortion", "data", "digits"),
-    ("options", "allocate", "repair", "realise"),
-    ("checkpoint", "integrations", "lpvit", "lpvit_calibration", "report"),
-    ("pruning",),
+    ("layers", "obs", "device", "spec", "atomic"),
+    ("families", "cost", "statistics", "rotate", "timm_base"),
+    ("criteria", "distortion", "data", "images", "digits"),
+    ("options", "allocate", "repair", "realise", "densify"),
+    ("checkpoint", "shards", "card", "verify", "integrations", "lpvit", "lpvit_calibration"),
+    ("pruning", "report", "opening", "structure"),
     ("hwprune",),
-    ("cli",),
+    ("cli", "terminal", "exits"),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 

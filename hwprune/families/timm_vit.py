@@ -25,8 +25,13 @@ from hwprune.units import (
 )
 
 _STAGES = ("blocks",)  # where timm keeps the blocks of its columnar transformers
-_ATTENTION = ("Attention", "AttentionRope")
-_MLP = ("Mlp", "GluMlp", "SwiGLU")
+# By full name: BEiT, SAM and others call classes of their own, with position biases, "Attention" too.
+_ATTENTION = (
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.vision_transformer.Attention",  # its place before timm 1.0.17
+)
+_MLP = ("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU")
 
 
 def example() -> tuple[nn.Module, Tensor]:
@@ -69,6 +74,10 @@ def stages(model: nn.Module) -> list[nn.Module]:
     )
 
 
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _is_identity(module: object) -> bool:
     return module is None or isinstance(module, nn.Identity)
 
@@ -76,8 +85,8 @@ def _is_identity(module: object) -> bool:
 def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     """The layer, or the reason it is left dense."""
     attn: Any = model.get_submodule(name)
-    if type(attn).__name__ not in _ATTENTION:
-        return f"{name}: attention of type {type(attn).__name__} is not known to be cut exactly"
+    if _class(attn) not in _ATTENTION:
+        return f"{name}: attention of type {_class(attn)} is not known to be cut exactly"
     heads, head_dim = int(attn.num_heads), int(attn.head_dim)
     width = heads * head_dim
     if getattr(attn, "num_kv_groups", 1) != 1:
@@ -91,9 +100,11 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
         refused["qk"] = "qk-norm normalises q and k over the channels of a head"
     if type(attn).__name__ == "AttentionRope":
         refused["qk"] = "rotary embeddings (RoPE) tie q and k channels in pairs"
+    if type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingMixed":
+        refused["head"] = "mixed rotary embeddings are learned for each head, outside of it"
     if not _is_identity(getattr(attn, "norm", None)):
         reason = "a norm over the attention output mixes all its channels"
-        refused |= {"head": reason, "vo": reason}
+        refused |= {"head": reason, "vo": reason, "qk": refused.get("qk", reason)}
     if getattr(attn, "gate", None) is not None:
         reason = "the output gate acts on single channels of the attention output"
         refused |= {"head": reason, "vo": reason, "qk": refused.get("qk", reason)}
@@ -105,8 +116,8 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
 def _mlp(model: nn.Module, name: str, stage: int) -> MlpLayer | str:
     """The layer, or the reason it is left dense."""
     mlp: Any = model.get_submodule(name)
-    if type(mlp).__name__ not in _MLP or not isinstance(mlp.fc2, nn.Linear):
-        return f"{name}: MLP of type {type(mlp).__name__} is not known to be cut exactly"
+    if _class(mlp) not in _MLP or not isinstance(mlp.fc2, nn.Linear):
+        return f"{name}: MLP of type {_class(mlp)} is not known to be cut exactly"
     hidden = mlp.fc2.in_features
     inputs: tuple[Rows, ...]
     refused: dict[str, str] = {}

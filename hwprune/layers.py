@@ -36,7 +36,8 @@ class ConstantBranch(nn.Module):
         is_causal: bool = False,
     ) -> Tensor:
         """Return the bias for every token: [..., D]; the input gives only the shape."""
-        return self.bias.to(x.dtype).expand(*x.shape[:-1], -1)
+        # A copy, not a view: under no_grad torch's FLOP counter stumbles over a view of a parameter.
+        return self.bias.to(x.dtype).expand(*x.shape[:-1], -1).clone()
 
 
 class SlimAttention(nn.Module):

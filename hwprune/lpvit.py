@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hwprune.cost import count_macs
 from hwprune.lpvit_calibration import (
     Block,
     LayerSums,
     block_linears,
     calibrate,
     linear_macs,
-    model_macs,
     sum_blocks,
 )
 
@@ -103,7 +103,7 @@ def lpvit_masks(
     costs_LD = torch.stack([_cost_curve(macs[n].flatten()[orders[n]]) for n in sums])
     images = batches[0]
     total = (
-        model_macs(model, images)
+        count_macs(model, images[:1])
         if true_macs
         else linear_macs(model, images, repo_count=repo_count)
     )

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hwprune.units import Slice, reduce
 
@@ -138,15 +136,6 @@ def linear_macs(model: nn.Module, images: Tensor, *, repo_count: bool) -> float:
             tokens = y.shape[1] if repo_count else y.numel() // module.weight.shape[0]
             total += tokens * module.weight.numel()
     return total
-
-
-def model_macs(model: nn.Module, images: Tensor) -> float:
-    """True MACs of one image, attention products included, by torch's own counter."""
-    counter = FlopCounterMode(display=False)
-    # The math backend splits attention into the two products, which every torch can count.
-    with _recorded(model, {}), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(images[:1])
-    return float(counter.get_total_flops()) / 2
 
 
 def _supported(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:

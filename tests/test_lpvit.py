@@ -23,7 +23,6 @@ from hwprune.lpvit_calibration import (
     block_linears,
     calibrate,
     linear_macs,
-    model_macs,
 )
 
 DEIT_SHAPES = {"S": 384, "B": 768}
@@ -178,7 +177,6 @@ def test_true_macs_budget_is_met_within_one_block(fidelity, keep_ratio):
         model, batches, keep_ratio=keep_ratio, block=block, fidelity=fidelity, true_macs=True
     )
     dense = 12 * (12 * 40 + 2 * 40 * 56) + 40 * 7
-    assert model_macs(model, batches[0]) == dense
     macs = dense - 12 * 2 * 40 * 56 + kept_macs(model, masks, block, 12)
     assert keep_ratio * dense - 12 * 6 < macs <= keep_ratio * dense
     assert macs / dense == pytest.approx(keep_ratio, rel=0.002)

@@ -92,14 +92,17 @@ def input_rows(layer: Layer) -> list[tuple[Rows, str]]:
 def layer_params(model: nn.Module, layer: Layer, keep: Structure) -> int:
     """Parameters of one layer; an emptied layer keeps its output bias."""
     out = get_linear(model, layer.out)
-    total = out.bias.numel() if out.bias is not None else 0
+    bias = out.bias.numel() if out.bias is not None else 0
+    names = {rows.linear for rows, _ in input_rows(layer)}
+    own = {id(p) for n in (*names, layer.out) for p in get_linear(model, n).parameters()}
+    module = model.get_submodule(layer.name)
+    total = bias + sum(p.numel() for p in module.parameters() if id(p) not in own)  # qk-norms
     if keep.weights is not None:
-        names = {rows.linear for rows, _ in input_rows(layer)}
         biases = [get_linear(model, n).bias for n in names]
         return total + sum(keep.weights.values()) + sum(b.numel() for b in biases if b is not None)
     wide = _inner(keep)
     if wide == 0:
-        return total if total else out.out_features
+        return bias if bias else out.out_features
     total += wide * out.out_features
     for rows, field in input_rows(layer):
         linear = get_linear(model, rows.linear)
@@ -154,7 +157,7 @@ def model_cost(model: nn.Module, layers: Sequence[Layer], x: Tensor) -> ModelCos
     for layer in layers:
 
         def watch(_: nn.Module, args: tuple[Tensor, ...], name: str = layer.name) -> None:
-            tokens[name] = args[0].shape[-2]
+            tokens[name] = args[0].numel() // args[0].shape[-1]
 
         handles.append(model.get_submodule(layer.name).register_forward_pre_hook(watch))
     try:

@@ -55,7 +55,7 @@ def _attention_options(
             for v_width in levels(width, channel) if vo is not None else [width]:
                 if heads and not q_width:
                     continue
-                if (heads == 0) != (v_width == 0) and head is not None:
+                if head is not None and vo is not None and (heads == 0) != (v_width == 0):
                     continue
                 loss, keep = base * gain.get("head", 1.0), {}
                 for kind, curve, count in (("qk", qk, q_width), ("vo", vo, v_width)):
@@ -130,7 +130,10 @@ def _block_groups(
         count = curve.units.count
         options = []
         for kept in sorted({*range(0, count, max(1, count // 64)), count}):
-            stored = min(kept * area, linear.weight.numel())
+            # Border tiles are stored whole, so the last few tiles may cost more than the dense weight.
+            stored = kept * area if kept < count else linear.weight.numel()
+            if stored > linear.weight.numel():
+                continue
             loss = float(curve.distortion[count - kept]) * gain.get("block", 1.0)
             options.append(
                 Option(
@@ -145,12 +148,23 @@ def _block_groups(
     return groups
 
 
+def dense_option(options: Sequence[Option]) -> Option:
+    """The option that keeps everything: the dearest of those that lose nothing."""
+    return max((o for o in options if o.distortion <= 0), key=lambda o: (o.macs, o.params))
+
+
 def pareto(options: Sequence[Option]) -> list[Option]:
-    """Drop options that another beats on distortion, MACs and parameters together."""
+    """Drop options that another beats on distortion, MACs and parameters together; dense stays.
+
+    A unit that does nothing (a dead neuron) leaves the dense option beaten, but a budget that allows
+    the dense model must be able to choose it.
+    """
+    dense = dense_option(options)
     ranked = sorted(options, key=lambda o: (o.macs, o.params, o.distortion))
     kept: list[Option] = []
     for option in ranked:
-        if not any(k.distortion <= option.distortion and k.params <= option.params for k in kept):
+        beaten = any(k.distortion <= option.distortion and k.params <= option.params for k in kept)
+        if option is dense or not beaten:
             kept.append(option)
     return kept
 

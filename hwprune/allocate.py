@@ -15,7 +15,7 @@ from torch import nn
 
 from hwprune.cost import ModelCost, Structure
 from hwprune.distortion import Curve
-from hwprune.options import Option, option_groups
+from hwprune.options import Option, dense_option, option_groups
 from hwprune.units import Layer, Mask
 
 METRICS = ("macs", "params")
@@ -158,7 +158,7 @@ def allocate(
 
 def _fixed(groups: Sequence[tuple[Layer, list[Option]]], cost: ModelCost) -> dict[str, float]:
     """Cost of everything the options do not cover: the dense model less the dense options."""
-    dense = {m: sum(max(getattr(o, m) for o in options) for _, options in groups) for m in METRICS}
+    dense = {m: sum(getattr(dense_option(o), m) for _, o in groups) for m in METRICS}
     return {"macs": cost.macs - dense["macs"], "params": cost.params - dense["params"]}
 
 
@@ -182,42 +182,72 @@ def _solve(
     groups: Sequence[tuple[Layer, list[Option]]], cost: ModelCost, limits: Mapping[str, float]
 ) -> list[Option]:
     """One option a group by mixed-integer programming."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     fixed = _fixed(groups, cost)
-    flat = [option for _, options in groups for option in options]
+    if all(limit >= getattr(cost, metric) for metric, limit in limits.items()):
+        return [dense_option(options) for _, options in groups]
     for metric, limit in limits.items():
         least = fixed[metric] + sum(
             min(getattr(o, metric) for o in options) for _, options in groups
         )
         if least > limit * (1 + 1e-9):
             raise UnreachableBudget(_reachable(groups, metric, least, limit, cost))
-    objective = np.array([o.distortion for o in flat])
-    scale = objective.max() or 1.0
-    # A hair of cost in the objective settles ties between options that lose nothing: the larger wins.
-    tie = np.array([o.macs for o in flat]) / cost.macs * 1e-9
-    owner = np.repeat(np.arange(len(groups)), [len(options) for _, options in groups])
+    choices = [options for _, options in groups]
+    room = {metric: limit - fixed[metric] for metric, limit in limits.items()}
+    cap = max(o.distortion for options in choices for o in options)
+    refused: list[list[Option]] = []
+    while True:
+        chosen = _solve_once(choices, room, cost, cap, refused)
+        if chosen is None:
+            raise UnreachableBudget(
+                f"no plan keeps {', '.join(f'{m} <= {v:.4g}' for m, v in limits.items())} at once; "
+                "loosen one of the limits"
+            )
+        loss = sum(o.distortion for o in chosen)
+        if any(sum(getattr(o, m) for o in chosen) > limit for m, limit in room.items()):
+            refused.append(chosen)  # HiGHS takes 0.999999 for 1, so a sum may be 1e-6 over
+        elif loss >= cap / 10:
+            return chosen
+        else:
+            cap = loss
+
+
+def _solve_once(
+    groups: Sequence[Sequence[Option]],
+    room: Mapping[str, float],
+    cost: ModelCost,
+    cap: float,
+    refused: Sequence[Sequence[Option]],
+) -> list[Option] | None:
+    """One run of HiGHS without options above `cap` and without plans refused; None if infeasible.
+
+    HiGHS stops within 1e-6 of the objective's unit and of a row's: the units are small.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    flat = [option for options in groups for option in options]
+    distortion = np.array([o.distortion for o in flat])
+    owner = np.repeat(np.arange(len(groups)), [len(options) for options in groups])
     one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
     constraints = [LinearConstraint(one_each, 1, 1)]
-    for metric, limit in limits.items():
-        dense = getattr(cost, metric)
-        row = np.array([[getattr(o, metric) / dense for o in flat]])
-        constraints.append(LinearConstraint(row, -np.inf, (limit - fixed[metric]) / dense))
+    for metric, limit in room.items():
+        unit = getattr(cost, metric) * 1e-6
+        row = np.array([[getattr(o, metric) / unit for o in flat]])
+        constraints.append(LinearConstraint(row, -np.inf, limit / unit))
+    for plan in refused:
+        ids = {id(option) for option in plan}
+        row = np.array([[float(id(option) in ids) for option in flat]])
+        constraints.append(LinearConstraint(row, -np.inf, len(groups) - 1))
     result = milp(
-        objective / scale - tie,
+        np.minimum(distortion, cap) * (1e3 / cap if cap else 1.0),
         integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, distortion <= cap),
         constraints=constraints,
         options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
     )
     if result.x is None:
-        raise UnreachableBudget(
-            f"no plan keeps {', '.join(f'{m} <= {v:.4g}' for m, v in limits.items())} at once: "
-            f"{result.message}; loosen one of the limits"
-        )
-    picked = result.x > 0.5
-    return [flat[i] for i in np.flatnonzero(picked)]
+        return None
+    return [flat[i] for i in np.flatnonzero(result.x > 0.5)]
 
 
 def _reachable(

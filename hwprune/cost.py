@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from hwprune.units import AttentionLayer, Layer, Rows, get_linear
 
@@ -63,6 +62,8 @@ def count_macs(model: nn.Module, x: Tensor) -> float:
         model: any module.
         x: [B, ...]; the count is divided by B.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton where installed
+
     counter = FlopCounterMode(display=False)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()

@@ -1,0 +1,393 @@
+"""The command line: hwprune prune | eval | inspect.
+
+Exit codes: 0 done; 2 bad input, with one line on stderr; 3 a budget that cannot be kept; 130 Ctrl-C.
+torch and timm are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hwprune.exits import BAD_INPUT, INTERRUPTED, plainly, say
+from hwprune.terminal import (
+    STDOUT,
+    Steps,
+    check_json,
+    figure,
+    show,
+    show_folder,
+    show_report,
+    write_json,
+)
+
+DEFAULT_CALIBRATION = 256
+_SAVED = re.compile(
+    r"(config|report|model\.safetensors\.index)\.json|README\.md|model[-\w]*\.safetensors"
+)
+
+app = typer.Typer(
+    name="hwprune",
+    help="Prune vision transformers to a budget, and open the result with the loader you use.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    """What a saved folder holds."""
+
+    pruned = "pruned"
+    dense = "dense"
+
+
+class Dtype(StrEnum):
+    """Of saved weights."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A timm name, a folder, or digits (built in)", show_default=False
+    ),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA",
+        help="Images: a folder of class folders, a .tar of them, hfds/NAME, wds/FOLDER, or digits",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help=".safetensors or .pth; without it, timm's own", show_default=False
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Class names, one a line, in the order of the model's outputs",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write the result as JSON; - is stdout", show_default=False),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
+) -> None:
+    if version:
+        from hwprune import __version__
+
+        typer.echo(f"hwprune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data,
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            metavar="WHAT=HOW MUCH",
+            help="macs=0.7 (of dense), params=50M (absolute); several hold at once",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to save", show_default=False)],
+    weights: Weights = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND,...",
+            help="Of block,head,neuron,qk,vo; without it, all but block",
+            show_default=False,
+        ),
+    ] = None,
+    block: Annotated[
+        str, typer.Option(metavar="ROWSxCOLS", help="Tile of the kind block")
+    ] = "32x32",
+    calibration: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Unlabelled images to calibrate on (default {DEFAULT_CALIBRATION}, or all)",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images at a time")] = 32,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the saved weights; the pruning itself runs in fp32")
+    ] = Dtype.fp32,
+    round_to: Annotated[int, typer.Option(metavar="N", help="Keep neurons in multiples of N")] = 8,
+    class_map: ClassMap = None,
+    format: Annotated[
+        Format, typer.Option(help="pruned: smaller layers; dense: zeros in the original shapes")
+    ] = Format.pruned,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE", help="For budgets of latency and energy only", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the images and the probe")] = 0,
+    no_repair: Annotated[
+        bool, typer.Option("--no-repair", help="Leave out the closed-form re-fit")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FOLDER if hwprune wrote it")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Prune MODEL to a budget and save it: no labels, no training."""
+    with plainly(), Steps() as steps:
+        _refuse_unmeasured(budget, device)
+        tile = _tile(block)
+        chosen = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
+        for option, value in (("--batch", batch), ("--round-to", round_to)):
+            if value < 1:
+                raise ValueError(f"{option}: expected at least 1, got {value}")
+        _check_out(out, force, json)
+        check_json(json)
+
+        from hwprune.allocate import Budget
+
+        limits = Budget.parse(budget)
+        steps("open the model", 0, 1)
+
+        import torch
+
+        from hwprune.checkpoint import save
+        from hwprune.data import calibration_batches, open_dataset
+        from hwprune.opening import open_model
+        from hwprune.pruning import prune as prune_
+
+        opened = open_model(model, weights, progress=steps.of("train the digits model"))
+        if opened.spec is not None:
+            raise ValueError(
+                f"{model} was written by hwprune, from {opened.spec['base']['architecture']}; prune that "
+                "dense model with the budget you want, cuts do not add up"
+            )
+        steps("open the model", 1, 1)
+        steps("read images", 0, 1)
+        net = opened.model
+        split = _calibration_split(data)
+        images = open_dataset(data, net, class_map=_text(class_map), split=split)
+        there = len(images)  # type: ignore[arg-type]  # torch's Dataset has no length, ours has
+        wanted = min(DEFAULT_CALIBRATION, there) if calibration is None else calibration
+        batches = calibration_batches(images, images=wanted, batch=batch, seed=seed)
+        steps("read images", 1, 1)
+        net.to("cuda" if torch.cuda.is_available() else "cpu")
+        report = prune_(
+            net,
+            batches,
+            limits,
+            kinds=chosen,
+            repair=not no_repair,
+            seed=seed,
+            block=tile,
+            round_to=round_to,
+            progress=steps,
+        )
+        types = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
+        steps("save", 0, 1)
+        save(net.to(dtype=types[dtype]), out, format=format.value, force=force)
+        found = {**report.to_dict(), "model": model, "out": str(out), "format": format.value}
+        if json is not None:
+            write_json(json, found)
+    if json != STDOUT:
+        # Never the images it was calibrated on: those flatter.
+        words = ["hwprune", "eval", str(out), "--data", data if split else "TEST_IMAGES"]
+        words += ["--class-map", str(class_map)] if class_map else []
+        show_report(found, shlex.join(words), opened.note)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    class_map: ClassMap = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Images at a time")] = 64,
+    json: Json = None,
+) -> None:
+    """Top-1 accuracy, MACs and parameters of MODEL or a pruned FOLDER on labelled images."""
+    with plainly(), Steps() as steps:
+        if batch < 1:
+            raise ValueError(f"--batch: expected at least 1, got {batch}")
+        check_json(json)
+        steps("open the model", 0, 1)
+
+        import torch
+
+        from hwprune.cost import count_macs
+        from hwprune.data import evaluate as evaluate_
+        from hwprune.data import open_dataset
+        from hwprune.images import input_size
+        from hwprune.opening import open_model
+
+        opened = open_model(model, weights, progress=steps.of("train the digits model"))
+        net = opened.model
+        images = open_dataset(data, net, class_map=_text(class_map))
+        steps("open the model", 1, 1)
+        macs = count_macs(net, torch.zeros(1, *input_size(net)))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        start = time.perf_counter()
+        result = evaluate_(
+            net.to(device), images, batch=batch, device=device, progress=steps.of("evaluate")
+        )
+        params = sum(p.numel() for p in net.parameters())
+        seconds = time.perf_counter() - start
+        found = {
+            "model": model,
+            "data": data,
+            "top1": result.top1,
+            "top5": result.top5,
+            "images": result.images,
+            "macs": macs,
+            "params": params,
+            "seconds": seconds,
+        }
+        if json is not None:
+            write_json(json, found)
+    if json != STDOUT:
+        error = (result.top1 * (1 - result.top1) / result.images) ** 0.5
+        rows = [["top-1", f"{100 * result.top1:.2f} ± {100 * error:.2f} %"]]
+        rows += [["top-5", f"{100 * result.top5:.2f} %"]] if result.top5 is not None else []
+        rows += [["images", str(result.images)], ["MACs of an image", figure(macs)]]
+        rows += [["parameters", figure(params)], ["time", f"{seconds:.1f} s"]]
+        show(f"{model} on {data}", ("", ""), rows, *([opened.note] if opened.note else []))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Written by hwprune prune")],
+    json: Json = None,
+) -> None:
+    """What a pruned FOLDER holds, layer by layer, without reading its weights."""
+    with plainly(), Steps() as steps:
+        check_json(json)
+        steps("read the folder", 0, 1)
+
+        from hwprune.checkpoint import read_folder
+        from hwprune.structure import describe
+
+        found = describe(read_folder(folder))
+        if json is not None:
+            write_json(json, found)
+    if json != STDOUT:
+        show_folder(found)
+
+
+def _refuse_unmeasured(budgets: Sequence[str], device: str | None) -> None:
+    """Budgets of time and energy need a measured device, which this version has no file of."""
+    for budget in budgets:
+        if budget.partition("=")[0].strip() in ("latency", "energy"):
+            raise ValueError(
+                f"--budget {budget}: budgets of latency and energy need a measured device profile, and "
+                "this version has none; budgets that work today: macs, params"
+            )
+    if device is not None:
+        raise ValueError(
+            f"--device {device}: the budgets that work today, macs and params, need no device profile; "
+            "leave --device out"
+        )
+
+
+def _tile(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
+    if found is None or not int(found[1]) or not int(found[2]):
+        raise ValueError(f"--block: expected ROWSxCOLS like 32x32, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _calibration_split(data: str) -> str | None:
+    """Calibrate on training images where the data says which those are, never on those of a later eval."""
+    return "train" if data == "digits" or (Path(data).expanduser() / "train").is_dir() else None
+
+
+def _check_out(out: Path, force: bool, json: str | None) -> None:
+    """Refuse a folder that cannot be written, before the long work.
+
+    Raises:
+        FileExistsError: it is there and force is false, or it is a file.
+        PermissionError: its place cannot be written.
+        ValueError: the JSON would lie in it.
+    """
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise FileExistsError(
+            f"--out {out} exists already; choose another folder, or replace it with --force"
+        )
+    strange = (
+        [p.name for p in out.iterdir() if not _SAVED.fullmatch(p.name)]
+        if force and out.is_dir()
+        else []
+    )
+    if strange:
+        raise FileExistsError(
+            f"--out {out} holds {strange[0]!r}, which hwprune did not write, so --force does not replace "
+            "it; choose another folder"
+        )
+    if json not in (None, STDOUT) and out.resolve() in Path(str(json)).resolve().parents:
+        raise ValueError(f"--json {json} lies in --out {out}, which holds the model alone; move it")
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out}: {above} is no folder that can be written")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends by SystemExit.
+
+    Args:
+        argv: the words after `hwprune`; None = those of this process.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = app(
+            args=None if argv is None else list(argv), prog_name="hwprune", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:  # `hwprune inspect FOLDER | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        # What typer raises on words it does not know; its class lies elsewhere in each release.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "hwprune"
+        say(f"{' '.join(error.format_message().split())} (see {path} --help)")
+        code = BAD_INPUT
+    sys.exit(code or 0)

@@ -1,0 +1,205 @@
+"""What the command line shows: progress with time left, tables within 100 columns, JSON files.
+
+Progress goes to stderr and only to a terminal; results go to stdout. NO_COLOR is honoured (by rich).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+WIDTH = 100  # columns; tables are no wider, on a terminal or in a file
+STDOUT = "-"  # the word for --json
+
+
+class Steps:
+    """The steps of a command, each with its share done and the time left; silent when piped."""
+
+    def __init__(self) -> None:
+        """Make it; nothing shows before a step is reported."""
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Steps:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wipe the bars and give the terminal back as it was."""
+        self._progress.stop()
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Report that `done` of `total` of a step is through."""
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total)
+        self._progress.update(self._tasks[step], completed=done, total=total)
+
+    def of(self, step: str) -> Callable[[int, int], None]:
+        """The same for one step: called with (done, total)."""
+        return lambda done, total: self(step, done, total)
+
+
+def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *after: str) -> None:
+    """Print a title, a table and lines to stdout.
+
+    Args:
+        title: above the table.
+        header: column names; "" for all leaves the header out.
+        rows: cells; the first column is text, the others are figures.
+        after: lines below, wrapped.
+    """
+    console = Console(highlight=False, soft_wrap=False)
+    # In a file there is no width to fit to but our own.
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    table = Table(box=SIMPLE, show_header=any(header), header_style="bold", pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, style="bold", markup=False, overflow="fold")
+    console.print(table)
+    for line in after:
+        console.print(line, markup=False, overflow="fold")
+
+
+def check_json(target: str | None) -> None:
+    """Refuse a place for JSON that cannot be written, before the long work.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
+        PermissionError: its folder cannot be written.
+        IsADirectoryError: it is a folder.
+    """
+    if target in (None, STDOUT):
+        return
+    path = Path(str(target))
+    if path.is_dir():
+        raise IsADirectoryError(f"--json {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: no such folder {path.parent}; make it first")
+    if not path.exists() and not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--json {path}: the folder {path.parent} cannot be written")
+
+
+def write_json(target: str, found: Mapping[str, Any]) -> None:
+    """Write JSON to a file, whole or not at all, or to stdout for "-"."""
+    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
+    path = Path(target)
+    if target == STDOUT:
+        sys.stdout.write(text)
+    elif path.exists() and not path.is_file():  # a pipe or /dev/null: nothing to replace
+        path.write_text(text, encoding="utf-8")
+    else:
+        path = path.resolve()  # through a link, whose target is replaced and not the link
+        fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def figure(value: float, like: float | None = None) -> str:
+    """A count in the unit a person reads: 1.258 G, 5.717 M; in the unit of `like` where given."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if abs(value if like is None else like) >= size:
+            return f"{value / size:.3f} {unit}"
+    return f"{value:.0f}"
+
+
+def show_report(report: Mapping[str, Any], next_step: str, note: str = "") -> None:
+    """Print what a pruning run did.
+
+    Args:
+        report: `Report.to_dict()`, with model, out and format.
+        next_step: a command to go on with.
+        note: what the user should know of the model.
+    """
+    loss, seconds = report["distortion"], report["seconds_by_step"]
+    took = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
+    after = [
+        f"distortion: {loss['measured']:.4g} {loss['unit']} on {report['calibration']['images']} "
+        f"calibration images (predicted {loss['predicted']:.4g})",
+        f"time: {report['seconds']:.1f} s ({took})",
+        *(f"warning: {warning}" for warning in report["warnings"]),
+        *([f"note: {note}"] if note else []),
+        *([f"note: {_DENSE_FORM}"] if report["format"] == "dense" else []),
+    ]
+    title = f"{report['model']} -> {report['out']}"
+    show(title, ("", "dense", "pruned", "kept"), _totals(report), *after)
+    print(f"next: {next_step}")  # not wrapped: it is there to be copied
+
+
+def show_folder(found: Mapping[str, Any]) -> None:
+    """Print what a folder holds, as `hwprune.structure.describe` tells it."""
+    layers, told = found["layers"], found["provenance"]
+    by_tiles = any("tiles" in row for row in layers)
+    columns = []
+    for name in ("heads", "qk", "v", "neurons", "tiles"):
+        cells = [row[name] for row in layers if name in row]
+        if any(kept < of for kept, of in cells) or (cells and not by_tiles):
+            columns.append(name)
+    rows = [
+        [
+            row["layer"],
+            *(f"{row[c][0]} of {row[c][1]}" if c in row else "" for c in columns),
+            figure(row["params"], row["dense_params"]),
+            f"{row['params'] / row['dense_params']:.3f}",
+        ]
+        for row in layers
+    ]
+    title = f"{found['folder']}: {found['base']['architecture']}, {found['bytes'] / 1e6:.1f} MB"
+    show(title, ("", "dense", "here", "kept"), _totals(found))
+    after = [f"note: {_DENSE_FORM}"] if found["format"] == "dense" else []
+    after += [f"left dense: {reason}" for reason in found["left_dense"]]
+    if "budget" in told:
+        asked = ", ".join(f"{what}={value:g}" for what, value in told["budget"].items())
+        images = told.get("calibration", {}).get("images", 0)
+        after.append(
+            f"pruned to {asked} by {', '.join(found['kinds'])}, {images} calibration images"
+        )
+    if "environment" in told:
+        after.append("with " + ", ".join(f"{k} {v}" for k, v in told["environment"].items()))
+    names = ["q/k" if name == "qk" else name for name in columns]
+    show("layers", ("layer", *names, "params", "kept"), rows, *after)
+
+
+_DENSE_FORM = "saved in dense form: zeros in the original shapes, which run at the dense cost"
+
+
+def _totals(found: Mapping[str, Any]) -> list[list[str]]:
+    """The rows for MACs and parameters: dense, now, kept."""
+    return [
+        [
+            name,
+            figure(dense := found[f"dense_{key}"]),
+            figure(found[key], dense),
+            f"{found[key] / dense:.3f}",
+        ]
+        for name, key in (("MACs of an image", "macs"), ("parameters", "params"))
+    ]

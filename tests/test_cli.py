@@ -1,0 +1,426 @@
+"""The command line: what it prints and writes, its exit codes, and the line each bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+from hwprune import checkpoint, opening, shards
+from hwprune.cli import app, main
+from hwprune.digits import digits_model
+
+pytest.importorskip("timm")
+pytest.importorskip("sklearn")
+
+ESCAPE = "\x1b"
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|9[0-7])(?:;\d+)*m")
+PRUNE = ("prune", "digits", "--data", "digits", "--calibration", "32")
+
+
+@pytest.fixture(autouse=True)
+def untrained_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The built-in model without its half minute of training."""
+    monkeypatch.setattr(opening, "digits_model", fresh_digits)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def fresh_digits(progress: object = None) -> nn.Module:
+    return digits_model(pretrained=False)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder written by `hwprune prune`, with prune.json beside it."""
+    out = tmp_path_factory.mktemp("cli") / "pruned"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(opening, "digits_model", fresh_digits)
+        words = ("--budget", "macs=0.6", "--out", str(out), "--json", f"{out}.json")
+        main([*PRUNE, *words])
+    assert ended.value.code == 0
+    return out
+
+
+class Ran:
+    """What a command did: its exit code and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *words: object) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        self.code = ended.value.code
+        self.out, self.err = capsys.readouterr()
+
+
+def refused(ran: Ran, *pieces: str) -> None:
+    """Exit 2, and one line that says all of `pieces`."""
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    assert ran.err.startswith("hwprune: ") and ran.err.count("\n") == 1, ran.err
+    assert not [piece for piece in pieces if piece not in ran.err], ran.err
+
+
+# --- what the commands do ----------------------------------------------------------------------
+
+
+def test_prune_writes_a_folder_and_the_json_keys_scripts_rely_on(pruned: Path) -> None:
+    found = json.loads(Path(f"{pruned}.json").read_text())
+    keys = {"macs_ratio", "params_ratio", "predicted", "measured", "seconds", "model", "out"}
+    assert keys <= found.keys()
+    assert 0.5 < found["macs_ratio"] <= 0.6
+    for figures in (found["predicted"], found["measured"]):
+        assert figures["latency_ratio"] is None and figures["energy_ratio"] is None
+        assert figures["reason"]
+    model = checkpoint.load(pruned)
+    assert found["params"] == sum(p.numel() for p in model.parameters())
+    assert not list(pruned.parent.glob(".*")), "something half-written was left"
+
+
+def test_eval_counts_what_the_model_gets_right(
+    capsys: pytest.CaptureFixture[str], pruned: Path
+) -> None:
+    ran = Ran(capsys, "eval", pruned, "--data", "digits", "--json", "-")
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)  # nothing but JSON on stdout
+    keys = {"top1", "top5", "images", "macs", "params", "model", "data", "seconds"}
+    assert found.keys() == keys
+    written = json.loads(Path(f"{pruned}.json").read_text())
+    assert (found["images"], found["macs"]) == (599, written["macs"])
+    assert found["params"] == written["params"]
+
+    from hwprune.data import digits_dataset
+
+    test, model = digits_dataset("test"), checkpoint.load(pruned)
+    with torch.no_grad():
+        right = model(test.images_NCHW).argmax(1) == test.labels_N
+    assert found["top1"] == pytest.approx(right.double().mean().item(), abs=2 / 599)
+
+
+def test_inspect_tells_the_structure_without_reading_weights(
+    capsys: pytest.CaptureFixture[str], pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_tensors(found: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(shards, "read_tensors", read_tensors)
+    ran = Ran(capsys, "inspect", pruned, "--json", "-")
+    monkeypatch.undo()
+    assert (ran.code, ran.err) == (0, "")
+    found = json.loads(ran.out)
+    model = checkpoint.load(pruned)
+    assert found["params"] == sum(p.numel() for p in model.parameters())
+    assert found["base"]["architecture"] == "deit_tiny_patch16_224"
+    assert found["provenance"]["budget"] == {"macs": 0.6}
+    assert len(found["layers"]) == 8
+    for row in found["layers"]:
+        module = model.get_submodule(row["layer"])
+        assert row["params"] == sum(p.numel() for p in module.parameters())
+        assert {"heads", "qk", "v"} <= row.keys() or "neurons" in row
+
+
+def test_inspect_counts_tiles(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "blocks"
+    words = ("--budget", "macs=0.7", "--kinds", "block", "--block", "24x16", "--out", out)
+    assert Ran(capsys, *PRUNE, *words).code == 0
+    ran = Ran(capsys, "inspect", out, "--json", "-")
+    model = checkpoint.load(out)
+    for row in json.loads(ran.out)["layers"]:
+        module = model.get_submodule(row["layer"])
+        assert row["params"] == sum(p.numel() for p in module.parameters())
+        sparse = [m for m in module.modules() if hasattr(m, "row_index")]
+        if len(sparse) == 2:  # both linears of the layer are cut
+            assert row["tiles"][0] == sum(len(m.row_index) for m in sparse)
+        assert sparse or "tiles" not in row
+    assert "neurons" not in Ran(capsys, "inspect", out).out, "a column that says nothing"
+
+
+def test_tables_are_plain_and_within_100_columns_when_piped(
+    capsys: pytest.CaptureFixture[str], pruned: Path, tmp_path: Path
+) -> None:
+    done = Ran(capsys, *PRUNE, "--budget", "params=0.9", "--out", tmp_path / "x")
+    outs = [done, Ran(capsys, "inspect", pruned), Ran(capsys, "eval", pruned, "--data", "digits")]
+    for ran in outs:
+        assert (ran.code, ran.err) == (0, "")
+        assert ESCAPE not in ran.out
+        table = [line for line in ran.out.splitlines() if not line.startswith("next: ")]
+        assert max(map(len, table)) <= 100
+    assert "next: hwprune eval " in done.out and "--data digits" in done.out
+
+
+def test_a_budget_of_one_gives_the_model_bit_for_bit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran = Ran(
+        capsys, *PRUNE, "--budget", "macs=1", "--budget", "params=1.0", "--out", tmp_path / "x"
+    )
+    assert ran.code == 0 and "nothing was removed" in ran.out
+    kept, dense = checkpoint.load(tmp_path / "x").state_dict(), fresh_digits().state_dict()
+    assert kept.keys() == dense.keys()
+    assert all(torch.equal(kept[name], dense[name]) for name in dense)
+
+
+def test_the_dense_form_and_the_dtype_are_what_was_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--budget", "macs=0.5", "--format", "dense", "--dtype", "fp16", "--no-repair")
+    ran = Ran(capsys, *PRUNE, *words, "--out", tmp_path / "x")
+    assert ran.code == 0 and "dense form" in ran.out
+    kept, dense = checkpoint.load(tmp_path / "x").state_dict(), fresh_digits().state_dict()
+    assert {name: t.shape for name, t in kept.items()} == {n: t.shape for n, t in dense.items()}
+    assert {t.dtype for t in kept.values()} == {torch.float16}
+    ran = Ran(capsys, "inspect", tmp_path / "x", "--json", "-")
+    found = json.loads(ran.out)
+    assert (found["format"], found["macs_ratio"], found["params_ratio"]) == ("dense", 1, 1)
+    assert min(row["params"] / row["dense_params"] for row in found["layers"]) < 0.6
+
+
+def test_a_second_run_replaces_the_folder_when_forced(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for ratio in ("0.9", "0.7"):
+        assert (
+            Ran(
+                capsys, *PRUNE, "--budget", f"macs={ratio}", "--out", tmp_path / "x", "--force"
+            ).code
+            == 0
+        )
+    ran = Ran(capsys, "inspect", tmp_path / "x", "--json", "-")
+    assert json.loads(ran.out)["provenance"]["budget"] == {"macs": 0.7}
+
+
+# --- exit codes --------------------------------------------------------------------------------
+
+
+def test_a_budget_out_of_reach_is_exit_3_with_what_each_layer_reaches(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ran = Ran(capsys, *PRUNE, "--budget", "macs=0.0001", "--out", tmp_path / "x")
+    assert (ran.code, ran.out) == (3, "")
+    assert "out of reach" in ran.err and "\n  blocks.3.mlp: " in ran.err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("where", ["hwprune.pruning.calibrate", "hwprune.shards.write"])
+def test_ctrl_c_is_exit_130_and_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    words = ("--budget", "macs=0.9", "--out", tmp_path / "x", "--json", tmp_path / "x.json")
+    ran = Ran(capsys, *PRUNE, *words)
+    assert (ran.code, ran.out, ran.err) == (130, "", "hwprune: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_is_not_made_to_look_like_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("hwprune.pruning.calibrate", broken)
+    with pytest.raises(KeyError, match="ours"):
+        main([*PRUNE, "--budget", "macs=0.9", "--out", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize(
+    ("words", "pieces"),
+    [
+        ((), ("Missing option '--budget'", "prune --help")),
+        (("--budget", "latency=0.6"), ("latency=0.6", "work today: macs, params")),
+        (("--budget", "energy=9J"), ("energy=9J", "work today: macs, params")),
+        (("--budget", "macs=0.6", "--device", "h200"), ("--device h200", "leave --device out")),
+        (("--budget", "flops=0.6"), ("flops=0.6", "macs=0.6, params=50M")),
+        (("--budget", "macs=0"), ("macs must be above 0",)),
+        (("--budget", "macs=0.6", "--budget", "macs=0.5"), ("macs given twice",)),
+        (("--budget", "macs=0.6", "--kinds", "head,tail"), ("tail", "block, head, neuron, qk, vo")),
+        (("--budget", "macs=0.6", "--block", "32"), ("--block", "32x32", "'32'")),
+        (("--budget", "macs=0.6", "--block", "0x8"), ("--block", "32x32", "'0x8'")),
+        (("--budget", "macs=0.6", "--round-to", "0"), ("--round-to", "at least 1", "0")),
+        (("--budget", "macs=0.6", "--batch", "0"), ("--batch", "at least 1", "0")),
+        (("--budget", "macs=0.6", "--calibration", "0"), ("at least one calibration image",)),
+        (("--budget", "macs=0.6", "--calibration", "9999"), ("at most 1198",)),
+        (("--budget", "macs=0.6", "--dtype", "int4"), ("--dtype", "fp32", "int4")),
+        (("--budget", "macs=0.6", "--format", "onnx"), ("--format", "pruned", "onnx")),
+        (("--budget", "macs=0.6", "--data", "no/such"), ("no such folder or file: no/such",)),
+        (("--budget", "macs=0.6", "--class-map", "names.txt"), ("leave it out",)),
+        (("--budget", "macs=0.6", "--weights", "no.pth"), ("no such weights file: no.pth",)),
+        (("--budget", "macs=0.6", "--json", "no/such.json"), ("--json", "no such folder no")),
+        (("--budget", "macs=0.6", "--sparsity", "0.5"), ("--sparsity", "prune --help")),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    pieces: tuple[str, ...],
+) -> None:
+    refused(Ran(capsys, *PRUNE, "--out", tmp_path / "x", *words), *pieces)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("deit_tny_patch16_224", ("no model 'deit_tny_patch16_224'", "deit_tiny_patch16_224")),
+        ("digit", ("did you mean", "digits")),
+        ("zzzzzzzz", ("a folder or the word digits",)),
+        ("vit_tiny_patch16_224.mine", ("no weights 'mine'", "augreg_in21k_ft_in1k")),
+        ("./nowhere", ("./nowhere is no folder",)),
+    ],
+)
+def test_an_unknown_model_is_refused_with_what_comes_close(
+    capsys: pytest.CaptureFixture[str], name: str, pieces: tuple[str, ...]
+) -> None:
+    refused(Ran(capsys, "eval", name, "--data", "digits"), *pieces)
+
+
+def test_a_folder_without_images_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(Ran(capsys, "eval", "digits", "--data", tmp_path / "empty"), "holds no images")
+
+
+def test_a_folder_that_is_no_model_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    refused(Ran(capsys, "eval", tmp_path, "--data", "digits"), "has no config.json")
+    refused(Ran(capsys, "inspect", tmp_path), "config.json: no such file")
+    refused(Ran(capsys, "inspect", tmp_path / "none"), "no such folder")
+    (tmp_path / "config.json").write_text("{")
+    refused(Ran(capsys, "eval", tmp_path, "--data", "digits"), "config.json", "expected JSON")
+
+
+def test_a_pruned_folder_is_not_pruned_again(
+    capsys: pytest.CaptureFixture[str], pruned: Path, tmp_path: Path
+) -> None:
+    words = ("--data", "digits", "--budget", "macs=0.5", "--out", tmp_path / "x")
+    refused(Ran(capsys, "prune", pruned, *words), "prune that dense model", "deit_tiny_patch16_224")
+    refused(Ran(capsys, "eval", pruned, "--data", "digits", "--weights", __file__), "own weights")
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test as soon as a model is opened."""
+
+    def open_model(*_: object, **__: object) -> None:
+        raise AssertionError("the long work had begun")
+
+    monkeypatch.setattr(opening, "open_model", open_model)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_where_nothing_can_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], pruned: Path, tmp_path: Path
+) -> None:
+    words = (*PRUNE, "--budget", "macs=0.6", "--out")
+    refused(Ran(capsys, *words, pruned), "exists already", "--force")
+    refused(Ran(capsys, *words, pruned / "config.json"), "is a file")
+    refused(Ran(capsys, *words, pruned / "config.json" / "x"), "no folder that can be written")
+    refused(Ran(capsys, *words, pruned, "--force", "--json", pruned / "x.json"), "lies in --out")
+    refused(Ran(capsys, *words, tmp_path / "x", "--json", tmp_path), "is a folder")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    refused(Ran(capsys, *words, tmp_path / "photos", "--force"), "cat.jpg", "did not write")
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_folder_that_the_system_protects_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    words = (*PRUNE, "--budget", "macs=0.6", "--out", tmp_path / "x" / "y")
+    refused(Ran(capsys, *words), f"{tmp_path} is no folder that can be written")
+
+
+# --- the program -------------------------------------------------------------------------------
+
+
+def test_importing_the_command_line_brings_neither_torch_nor_timm() -> None:
+    code = (
+        "import sys, hwprune.cli; "
+        "print([m for m in ('torch', 'timm', 'numpy', 'scipy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", "hwprune --help must answer at once"
+
+
+def test_flags_are_the_agreed_ones() -> None:
+    # A new flag is a promise to every script; it belongs here and in the README, or not at all.
+    agreed = {
+        "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
+        "--round-to --class-map --format --device --seed --no-repair --force --json",
+        "eval": "--data --weights --class-map --batch --json",
+        "inspect": "--json",
+    }
+    group = typer.main.get_command(app)
+    found = {
+        name: {flag for p in command.params for flag in p.opts if flag.startswith("--")}
+        for name, command in group.commands.items()
+    }
+    assert found == {name: set(flags.split()) for name, flags in agreed.items()}
+
+
+@pytest.mark.parametrize("words", [("--help",), (), ("prune", "--help"), ("inspect", "-h")])
+def test_help_is_on_stdout(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
+    ran = Ran(capsys, *words)
+    assert (ran.code, ran.err) == (0, "")
+    assert "Usage: hwprune" in ran.out and ESCAPE not in ran.out
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    from hwprune import __version__
+
+    assert Ran(capsys, "--version").out == f"hwprune {__version__}\n"
+    refused(Ran(capsys, "shrink"), "No such command 'shrink'")
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """A pseudo-terminal: (our end, the program's end)."""
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
+    ours, theirs = pty.openpty()
+    yield ours, theirs
+    os.close(ours)
+
+
+@pytest.mark.slow
+def test_a_terminal_sees_progress_with_time_left_and_no_color_is_honoured(
+    pruned: Path, terminal: tuple[int, int]
+) -> None:
+    ours, theirs = terminal
+    code = "from hwprune.cli import main; main()"
+    words = [sys.executable, "-c", code, "eval", str(pruned), "--data", "digits"]
+    environment = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        stdin=subprocess.DEVNULL,
+        env=environment | {"NO_COLOR": "1", "TERM": "xterm-256color"},
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    assert process.wait(60) == 0
+    text = seen.decode()
+    assert "evaluate" in text and re.search(r"100 %.*\d:\d\d", text)
+    assert ESCAPE in text and not COLOUR.search(text)

@@ -6,9 +6,13 @@ distortion is least, the summed costs stay within the budget. Solved exactly by 
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -211,6 +215,20 @@ def _solve(
             cap = loss
 
 
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Keep what HiGHS's C++ prints (a debug line of 1.14's) out of standard output, where JSON may go."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def _solve_once(
     groups: Sequence[Sequence[Option]],
     room: Mapping[str, float],
@@ -238,13 +256,14 @@ def _solve_once(
         ids = {id(option) for option in plan}
         row = np.array([[float(id(option) in ids) for option in flat]])
         constraints.append(LinearConstraint(row, -np.inf, len(groups) - 1))
-    result = milp(
-        np.minimum(distortion, cap) * (1e3 / cap if cap else 1.0),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, distortion <= cap),
-        constraints=constraints,
-        options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
-    )
+    with _quiet_stdout():
+        result = milp(
+            np.minimum(distortion, cap) * (1e3 / cap if cap else 1.0),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, distortion <= cap),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
+        )
     if result.x is None:
         return None
     return [flat[i] for i in np.flatnonzero(result.x > 0.5)]

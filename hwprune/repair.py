@@ -57,7 +57,8 @@ class _Sums:
         inputs = len(shift_cut)
         line = torch.zeros(2, inputs, dtype=torch.float64, device=shift_cut.device)
         square = line[:, :, None].repeat(1, 1, inputs)
-        return cls(shift_cut, shift_full, square, square.clone(), line, line.clone(), line[:, 0])
+        weight_W = torch.zeros(2, dtype=torch.float64, device=shift_cut.device)
+        return cls(shift_cut, shift_full, square, square.clone(), line, line.clone(), weight_W)
 
     def add(self, cut_MI: Tensor, full_MI: Tensor, weight_M: Tensor) -> None:
         """Add a batch of M tokens."""

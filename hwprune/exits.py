@@ -26,7 +26,7 @@ def plainly() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         raise  # the reader of our output is gone: `main` ends quietly
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if type(error).__name__ == "UnreachableBudget":
             say(str(error))
             raise typer.Exit(OUT_OF_REACH) from error

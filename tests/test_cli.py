@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -288,16 +287,10 @@ def test_an_unknown_model_is_refused_with_what_comes_close(
     refused(Ran(capsys, "eval", name, "--data", "digits"), *pieces)
 
 
-def test_a_folder_without_images_is_refused(
+def test_a_folder_that_holds_no_images_or_no_model_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    refused(Ran(capsys, "eval", "digits", "--data", tmp_path / "empty"), "holds no images")
-
-
-def test_a_folder_that_is_no_model_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+    refused(Ran(capsys, "eval", "digits", "--data", tmp_path), "holds no images")
     refused(Ran(capsys, "eval", tmp_path, "--data", "digits"), "has no config.json")
     refused(Ran(capsys, "inspect", tmp_path), "config.json: no such file")
     refused(Ran(capsys, "inspect", tmp_path / "none"), "no such folder")
@@ -313,20 +306,13 @@ def test_a_pruned_folder_is_not_pruned_again(
     refused(Ran(capsys, "eval", pruned, "--data", "digits", "--weights", __file__), "own weights")
 
 
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test as soon as a model is opened."""
-
-    def open_model(*_: object, **__: object) -> None:
-        raise AssertionError("the long work had begun")
-
-    monkeypatch.setattr(opening, "open_model", open_model)
-
-
-@pytest.mark.usefixtures("no_work")
 def test_where_nothing_can_be_written_is_refused_before_the_work(
-    capsys: pytest.CaptureFixture[str], pruned: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    pruned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delattr(opening, "open_model")  # the work would fail at once
     words = (*PRUNE, "--budget", "macs=0.6", "--out")
     refused(Ran(capsys, *words, pruned), "exists already", "--force")
     refused(Ran(capsys, *words, pruned / "config.json"), "is a file")
@@ -336,15 +322,10 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     refused(Ran(capsys, *words, tmp_path / "photos", "--force"), "cat.jpg", "did not write")
-
-
-@pytest.mark.usefixtures("no_work")
-def test_a_folder_that_the_system_protects_is_refused_before_the_work(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    words = (*PRUNE, "--budget", "macs=0.6", "--out", tmp_path / "x" / "y")
-    refused(Ran(capsys, *words), f"{tmp_path} is no folder that can be written")
+    refused(
+        Ran(capsys, *words, tmp_path / "x" / "y"), f"{tmp_path} is no folder that can be written"
+    )
 
 
 # --- the program -------------------------------------------------------------------------------
@@ -389,20 +370,10 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     refused(Ran(capsys, "shrink"), "No such command 'shrink'")
 
 
-@pytest.fixture
-def terminal() -> Iterator[tuple[int, int]]:
-    """A pseudo-terminal: (our end, the program's end)."""
+@pytest.mark.slow
+def test_a_terminal_sees_progress_with_time_left_and_no_color_is_honoured(pruned: Path) -> None:
     pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
     ours, theirs = pty.openpty()
-    yield ours, theirs
-    os.close(ours)
-
-
-@pytest.mark.slow
-def test_a_terminal_sees_progress_with_time_left_and_no_color_is_honoured(
-    pruned: Path, terminal: tuple[int, int]
-) -> None:
-    ours, theirs = terminal
     code = "from hwprune.cli import main; main()"
     words = [sys.executable, "-c", code, "eval", str(pruned), "--data", "digits"]
     environment = {k: v for k, v in os.environ.items() if k != "FORCE_COLOR"}
@@ -420,6 +391,7 @@ def test_a_terminal_sees_progress_with_time_left_and_no_color_is_honoured(
             seen += chunk
     except OSError:  # how Linux says that the other end is closed
         pass
+    os.close(ours)
     assert process.wait(60) == 0
     text = seen.decode()
     assert "evaluate" in text and re.search(r"100 %.*\d:\d\d", text)

@@ -91,7 +91,7 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     width = heads * head_dim
     if getattr(attn, "num_kv_groups", 1) != 1:
         return f"{name}: grouped-query attention shares k and v between heads"
-    if isinstance(attn.qkv, nn.Linear):
+    if attn.qkv is not None:
         q, k, v = (Rows(f"{name}.qkv", i * width, width) for i in range(3))
     else:
         q, k, v = (Rows(f"{name}.{p}_proj", 0, width) for p in "qkv")
@@ -243,8 +243,10 @@ def find_units(
                 found = _structured(model, layer, cast(Kind, kind))
                 units += [found] if found is not None else []
     if not units:
+        reasons = left + [f"{x.name}: {why}" for x in layers for why in x.refused.values()]
         raise ValueError(
-            f"no layer of {type(model).__name__} has units of kinds {list(kinds or ())}"
+            f"no layer of {type(model).__name__} has units of the kinds "
+            f"{', '.join(kinds or ('head', 'qk', 'vo', 'neuron'))}: {'; '.join(reasons[:4])}"
         )
     return units
 

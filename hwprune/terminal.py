@@ -17,6 +17,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 100  # columns; tables are no wider, on a terminal or in a file
 STDOUT = "-"  # the word for --json
@@ -80,7 +81,7 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *afte
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as it is: a path may hold [brackets]
     console.print(title, style="bold", markup=False, overflow="fold")
     console.print(table)
     for line in after:
@@ -107,21 +108,27 @@ def check_json(target: str | None) -> None:
 
 
 def write_json(target: str, found: Mapping[str, Any]) -> None:
-    """Write JSON to a file, whole or not at all, or to stdout for "-"."""
+    """Write JSON to a file, whole or not at all, or to stdout for "-".
+
+    Raises:
+        OSError: it cannot be written; a file that was there is as it was.
+    """
     text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-    path = Path(target)
     if target == STDOUT:
         sys.stdout.write(text)
-    elif path.exists() and not path.is_file():  # a pipe or /dev/null: nothing to replace
-        path.write_text(text, encoding="utf-8")
-    else:
-        path = path.resolve()  # through a link, whose target is replaced and not the link
-        fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        return
+    path = Path(target).resolve()  # through a link, whose target is replaced and not the link
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        if path.exists() and not path.is_file():  # a pipe or /dev/null: nothing to replace
+            path.write_text(text, encoding="utf-8")
+        else:
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"--json {target} could not be written: {error.strerror or error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def figure(value: float, like: float | None = None) -> str:

@@ -40,6 +40,13 @@ class ConstantBranch(nn.Module):
         return self.bias.to(x.dtype).expand(*x.shape[:-1], -1).clone()
 
 
+def _flash_on_cpu() -> bool:
+    """Whether the CPU's flash kernel runs; exported programs, for any device, do not count on it."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the question below
+        return not torch.compiler.is_exporting()
+    return bool(torch.backends.cuda.flash_sdp_enabled())
+
+
 class SlimAttention(nn.Module):
     """Multi-head self-attention with its own q/k width and v width, over scaled_dot_product_attention.
 
@@ -124,7 +131,7 @@ class SlimAttention(nn.Module):
         v = v.view(batch, tokens, heads, v_width).transpose(1, 2)
         if rope is not None:
             q, k = self._rotary(q, rope).type_as(v), self._rotary(k, rope).type_as(v)
-        if qk != v_width and x.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+        if qk != v_width and x.device.type == "cpu" and _flash_on_cpu():
             # The CPU's flash kernel wants q, k and v equally wide, and falls back to one that writes out
             # the attention matrix: at q/k 24, v 40 (ViT-Tiny, one thread) 5.9 ms against 2.3 ms padded.
             wide = max(qk, v_width)
@@ -225,6 +232,10 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"BlockSparseLinear: expected inputs of width {self.in_features}, got {tuple(x.shape)}"
+            )
         return bsl.block_sparse_linear(
             x, self.values, self.row_index, self.col_index, self.bias, self.out_features
         )

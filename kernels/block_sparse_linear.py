@@ -76,7 +76,7 @@ def block_sparse_linear(
     """Block-sparse product by gather, batched matmul and a sum per tile row.
 
     Args:
-        x: [..., K].
+        x: [..., K]; that K is the packed weight's is for the caller to see to (`BlockSparseLinear` does).
         values: [S, R, C] stored tiles.
         row_index: [S] tile row of each.
         col_index: [S] tile column of each.
@@ -85,20 +85,15 @@ def block_sparse_linear(
 
     Returns:
         [..., N], dtype of x.
-
-    Raises:
-        ValueError: x has another width than the tiles can cover.
     """
-    kept, rows, cols = values.shape
+    _, rows, cols = values.shape
     lead, width = x.shape[:-1], x.shape[-1]
-    grid_rows = -(-out_features // rows)
+    grid_rows, grid_cols = -(-out_features // rows), -(-width // cols)
     tokens = x.numel() // width if width else 0
     x_TK = F.pad(x.reshape(tokens, width), (0, -width % cols))
-    x_gTC = x_TK.view(tokens, -1, cols).transpose(0, 1)  # [tile cols, T, C]
-    out_gTR = x.new_zeros(grid_rows, tokens, rows)
-    if kept:
-        part_STR = torch.bmm(x_gTC[col_index.long()], values.transpose(1, 2))
-        out_gTR = out_gTR.index_add(0, row_index.long(), part_STR)
+    x_gTC = x_TK.view(tokens, grid_cols, cols).transpose(0, 1)  # [tile cols, T, C]
+    part_STR = torch.bmm(x_gTC[col_index.long()], values.transpose(1, 2))
+    out_gTR = x.new_zeros(grid_rows, tokens, rows).index_add(0, row_index.long(), part_STR)
     out = out_gTR.transpose(0, 1).reshape(tokens, grid_rows * rows)[:, :out_features]
     if bias is not None:
         out = out + bias

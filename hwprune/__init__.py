@@ -1,22 +1,58 @@
 """Prune vision transformers and diffusion models to a latency, energy, size or FLOP budget.
 
-The public names; importing them brings torch and nothing heavier. Everything else may change.
+The public names, each imported when it is first used, so that `import hwprune` and `hwprune --help` are
+quick and bring not even torch. Everything else may change.
 """
 
-from hwprune.allocate import Budget as Budget
-from hwprune.allocate import UnreachableBudget as UnreachableBudget
-from hwprune.checkpoint import CheckpointError as CheckpointError
-from hwprune.checkpoint import load as load
-from hwprune.checkpoint import save as save
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from hwprune.integrations.lazy import install as _install
-from hwprune.layers import BlockSparseLinear as BlockSparseLinear
-from hwprune.layers import ConstantBranch as ConstantBranch
-from hwprune.layers import SlimAttention as SlimAttention
-from hwprune.pruning import Analysis as Analysis
-from hwprune.pruning import analyse as analyse
-from hwprune.pruning import prune as prune
-from hwprune.report import Report as Report
+
+if TYPE_CHECKING:
+    from hwprune.allocate import Budget as Budget
+    from hwprune.allocate import UnreachableBudget as UnreachableBudget
+    from hwprune.checkpoint import load as load
+    from hwprune.checkpoint import save as save
+    from hwprune.layers import BlockSparseLinear as BlockSparseLinear
+    from hwprune.layers import ConstantBranch as ConstantBranch
+    from hwprune.layers import SlimAttention as SlimAttention
+    from hwprune.pruning import Analysis as Analysis
+    from hwprune.pruning import analyse as analyse
+    from hwprune.pruning import prune as prune
+    from hwprune.report import Report as Report
+    from hwprune.spec import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Analysis": "pruning",
+    "BlockSparseLinear": "layers",
+    "Budget": "allocate",
+    "CheckpointError": "spec",
+    "ConstantBranch": "layers",
+    "Report": "report",
+    "SlimAttention": "layers",
+    "UnreachableBudget": "allocate",
+    "analyse": "pruning",
+    "load": "checkpoint",
+    "prune": "pruning",
+    "save": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hwprune' has no attribute {name!r}")
+    found: object = getattr(import_module(f"hwprune.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """What is there, imported or not."""
+    return sorted({*globals(), *_HOMES})
+
 
 _install()  # when timm is imported, now or later, it learns to open pruned folders

@@ -16,7 +16,7 @@ from torch import Tensor
 _FLUSH = 64  # pending rank-1 updates before they are applied as one GEMM
 
 
-def damped_inverse(moment_II: Tensor, damping: float = 3e-2) -> Tensor:
+def damped_inverse(moment_II: Tensor, damping: float = 1e-2) -> Tensor:
     """(H + damping * mean(diag H) I)⁻¹ in float64.
 
     Raises:

@@ -27,7 +27,7 @@ Weighting = Literal["gradient", "uniform"]
 
 # Part of the token weight that does not follow the gradient. In the last blocks of a ViT only the class
 # token has a gradient: without this, 256 images are 256 samples for 768 neurons, and half of them look free.
-_UNIFORM_SHARE = 0.2
+_UNIFORM_SHARE = 0.05
 
 
 @dataclass

@@ -101,6 +101,15 @@ class _Sums:
             cut_full = cut_full + torch.outer(mean_cut, mean_full)
         return cut_cut, cut_full, mean_cut, mean_full
 
+    def rounding(self) -> Tensor:
+        """Variance that is float32 rounding of the inputs (1e-14 of their energy) and no signal.
+
+        Behind an emptied linear an input is constant: a ridge relative to the variance of its rounding
+        would let the fit blow that up to weights of 1e16.
+        """
+        variance = self.cut_cut_WII[1].diagonal() / self.weight_W[1].clamp_min(1e-300)
+        return 1e-10 * (variance + self.shift_cut.double().square()).mean()
+
 
 @dataclass
 class _Stream:
@@ -211,9 +220,11 @@ def _gather(
     return folds[0], folds[1] if len(stream.inputs) >= _HELD_OUT else None
 
 
-def _solve(cut_cut: Tensor, target: Tensor, prior: Tensor, ridge_rel: float) -> Tensor:
+def _solve(
+    cut_cut: Tensor, target: Tensor, prior: Tensor, ridge_rel: float, floor: Tensor
+) -> Tensor:
     """Ridge towards the kept weights: (A + r I)⁻¹ (target + r prior). [S, S], [S, O], [S, O]."""
-    ridge = ridge_rel * cut_cut.diagonal().mean().clamp_min(1e-30)
+    ridge = ridge_rel * torch.maximum(cut_cut.diagonal().mean(), floor).clamp_min(1e-30)
     system = cut_cut + ridge * torch.eye(len(cut_cut), dtype=cut_cut.dtype, device=cut_cut.device)
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info):
@@ -222,7 +233,12 @@ def _solve(cut_cut: Tensor, target: Tensor, prior: Tensor, ridge_rel: float) -> 
 
 
 def _fit(
-    weight_OI: Tensor, keep_OI: Tensor, cut_cut: Tensor, cut_full: Tensor, ridge: float
+    weight_OI: Tensor,
+    keep_OI: Tensor,
+    cut_cut: Tensor,
+    cut_full: Tensor,
+    ridge: float,
+    floor: Tensor,
 ) -> Tensor:
     """Least squares on the entries `keep_OI` marks; rows with the same pattern are solved together."""
     target_IO = cut_full @ weight_OI.T
@@ -232,7 +248,8 @@ def _fit(
         rows, kept = (member == i).nonzero()[:, 0], pattern.nonzero()[:, 0]
         if len(kept):
             prior = weight_OI[rows][:, kept].T
-            fitted_SO = _solve(cut_cut[kept][:, kept], target_IO[kept][:, rows], prior, ridge)
+            own_SS = cut_cut[kept][:, kept]
+            fitted_SO = _solve(own_SS, target_IO[kept][:, rows], prior, ridge, floor)
             fresh_OI[rows[:, None], kept] = fitted_SO.T
     return fresh_OI
 
@@ -249,7 +266,7 @@ def _choose(
     for share in _SHARES:
         own_cut, own_full, _, _ = fit.finish(share, centred)
         for ridge in _RIDGES:
-            fresh = _fit(weight_OI, keep_OI, own_cut, own_full, ridge)
+            fresh = _fit(weight_OI, keep_OI, own_cut, own_full, ridge, fit.rounding())
             # The constant term, the energy of the target, is the same for all candidates.
             error = float(((fresh @ cut_cut) * fresh).sum() - 2 * (fresh * cross_OI).sum())
             best = min(best, (error, share, ridge))
@@ -264,7 +281,7 @@ def _refit_(linear: nn.Linear, keep_OI: Tensor, fit: _Sums, check: _Sums | None)
     share, ridge = _choose(weight_OI, keep_OI, fit, check, centred)
     whole = fit if check is None else fit.plus(check)
     cut_cut, cut_full, mean_cut, mean_full = whole.finish(share, centred)
-    fresh_OI = _fit(weight_OI, keep_OI, cut_cut, cut_full, ridge)
+    fresh_OI = _fit(weight_OI, keep_OI, cut_cut, cut_full, ridge, whole.rounding())
     if linear.bias is not None:
         shift = weight_OI @ mean_full - fresh_OI @ mean_cut
         linear.bias.copy_((linear.bias.double() + shift).to(linear.bias.dtype))

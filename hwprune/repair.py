@@ -153,7 +153,7 @@ def _stage_calls(
             _: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], i: int = i
         ) -> None:
             kwargs[i] = given
-            if i and not torch.equal(args[0], last[-1]):
+            if i and not (last and torch.equal(args[0], last[-1])):
                 raise ValueError(
                     f"stage {i} does not take the output of stage {i - 1}: repair needs a plain column "
                     "of blocks; prune with repair=False"

@@ -129,7 +129,11 @@ def save(
         _write_text(fresh / "config.json", _json_text(config))
         _write_text(fresh / "report.json", _json_text(spec["report"]))
         _write_text(fresh / "README.md", text)
-        again = load(fresh)
+        try:
+            again = load(fresh)
+        except CheckpointError as error:
+            said = str(error).replace(str(fresh), str(folder))
+            raise CheckpointError(f"what was written does not open again: {said}") from error
         check_tensors(again, tensors)
         if not widened:
             check_structure(again, model)
@@ -222,10 +226,7 @@ def fill_(model: nn.Module, found: Folder, tensors: Mapping[str, Tensor]) -> Non
     Raises:
         CheckpointError: a tensor has another type than the layer can take, or a tile lies outside.
     """
-    for name, expected in model.state_dict().items():
-        got = tensors[name].dtype
-        if got != expected.dtype and not (got.is_floating_point and expected.is_floating_point()):
-            raise CheckpointError(f"{name}: expected {expected.dtype} or like it, got {got}")
+    check_types(model, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
     check_tiles(model)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -241,6 +242,18 @@ def fill_(model: nn.Module, found: Folder, tensors: Mapping[str, Tensor]) -> Non
             value = value.to(next(iter(types)))
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent).register_buffer(key, value, persistent=False)
+
+
+def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse whole numbers where a model has fractions, and the other way round.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, expected in model.state_dict().items():
+        got = tensors[name].dtype if name in tensors else expected.dtype
+        if got != expected.dtype and not (got.is_floating_point and expected.is_floating_point()):
+            raise CheckpointError(f"{name}: expected {expected.dtype} or like it, got {got}")
 
 
 def check_tiles(model: nn.Module) -> None:

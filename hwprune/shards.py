@@ -6,8 +6,10 @@ with `model.safetensors.index.json`. Nothing else is ever opened, pickle files l
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +135,9 @@ def _write_file(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) 
     try:
         save_file(tensors, file, metadata=header)
     except SafetensorError as error:  # how safetensors passes on what the disk says
-        raise OSError(f"{file.name}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, f"{os.strerror(code)} ({file.name})") from error
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

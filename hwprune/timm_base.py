@@ -87,13 +87,26 @@ def _exported_args(model: nn.Module) -> dict[str, Any]:
     export = getattr(timm.models, "get_model_args", None)
     if export is not None:
         args = dict(export(model))
-    else:  # a timm that does not: what the model still shows
-        args = dict(getattr(model, "_model_args", {}))
-        patches = getattr(model, "patch_embed", None)
-        args["img_size"] = getattr(patches, "img_size", None)
-        args["in_chans"] = getattr(getattr(patches, "proj", None), "in_channels", None)
-        pool = getattr(model, "global_pool", None)
-        args["global_pool"] = pool if isinstance(pool, str) else None
+    else:  # timm before 1.0.31 does not note them: what the model still shows
+        args = _shown_args(model)
+    return args
+
+
+def _shown_args(model: nn.Module) -> dict[str, Any]:
+    """The sizes of a plain vision transformer; `save` finds out where that is not all there is."""
+    patches, blocks = getattr(model, "patch_embed", None), getattr(model, "blocks", ())
+    pool = getattr(model, "global_pool", None)
+    args = {
+        "img_size": getattr(patches, "img_size", None),
+        "patch_size": getattr(patches, "patch_size", None),
+        "in_chans": getattr(getattr(patches, "proj", None), "in_channels", None),
+        "embed_dim": getattr(model, "embed_dim", None),
+        "depth": len(blocks) or None,
+        "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None)
+        if blocks
+        else None,
+        "global_pool": pool if isinstance(pool, str) else None,
+    }
     return args
 
 

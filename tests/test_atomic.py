@@ -109,7 +109,8 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(
             assert not exchange
             with pytest.raises(CheckpointError, match="rename"):
                 load(folder)
-            atomic.recover(folder)
+            with pytest.raises(FileExistsError, match="force=True"):
+                save(new, folder)  # puts the old one back before it looks
         found = outputs(load(folder), x)
         seen.append([torch.equal(found, t) for t in truth].index(True))
         save(new, folder, force=True)  # and the next save works
@@ -143,6 +144,27 @@ def test_a_full_disk_at_any_step_leaves_everything_as_it_was(tmp_path: Path, exi
         assert [p.name for p in tmp_path.iterdir()] == (["model"] if exists else [])
 
 
+def test_a_failed_move_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(small(0), tmp_path / "model")
+    before = (tmp_path / "model" / shards.SINGLE).read_bytes()
+    rename, moved = os.rename, []
+
+    def second_fails(a: Path, b: Path) -> None:
+        moved.append(a)
+        if len(moved) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(a, b)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic.os, "rename", second_fails)
+    with pytest.raises(OSError, match="the folder that was there is as it was"):
+        save(small(1), tmp_path / "model", force=True)
+    assert (tmp_path / "model" / shards.SINGLE).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_safetensors_says_of_a_full_disk_is_an_oserror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,8 +172,9 @@ def test_what_safetensors_says_of_a_full_disk_is_an_oserror(
         raise shards.SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(shards, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         save(small(0), tmp_path / "model")
+    assert caught.value.errno == errno.ENOSPC
     assert not list(tmp_path.iterdir())
 
 

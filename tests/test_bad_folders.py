@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hwprune import shards
 from hwprune.checkpoint import describe_base, load, save
 from hwprune.families import timm_vit
+from hwprune.integrations.timm_registry import register
 from hwprune.realise import realise_
 from hwprune.spec import CheckpointError, architecture, header, model_args
 from hwprune.units import full_mask
@@ -166,6 +167,20 @@ def test_a_bad_folder_is_one_clear_error(folder: Path, case: str) -> None:
     assert "\n" not in str(caught.value)[:60]
 
 
+@pytest.mark.parametrize(
+    "case",
+    ["empty tensors", "version", "hub", "path", "another", "other classes", "pickle arg", "large arg",
+     "large mlp", "many blocks", "layer unknown", "sizes huge", "sizes other", "tile huge", "tile wide",
+     "tensor missing", "tensor extra", "tensor whole", "tensor NaN"],
+)  # fmt: skip
+def test_timm_gives_the_same_error(folder: Path, case: str) -> None:
+    change, said = BROKEN[case]
+    change(folder)
+    register()
+    with pytest.raises(CheckpointError, match=said):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
 def test_a_folder_of_two_models_is_refused(tmp_path: Path) -> None:
     one, other, twin = pruned(), pruned(step=2), pruned()
     with torch.no_grad():
@@ -189,8 +204,10 @@ def test_tiles_outside_their_weight_are_refused(tmp_path: Path, index: str, valu
     save(pruned(kinds=("block",)), tmp_path / "model")
     name = f"blocks.0.mlp.fc1.{index}"
     retensor(tmp_path / "model", lambda t: t[name].view(-1)[-1:].fill_(value))
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1: its tiles"):
-        load(tmp_path / "model")
+    register()
+    for opens in (load, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True)):
+        with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1: its tiles"):
+            opens(tmp_path / "model")
 
 
 def test_tiles_twice_in_one_place_are_refused(tmp_path: Path) -> None:

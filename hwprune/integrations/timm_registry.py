@@ -15,7 +15,14 @@ from typing import Any
 from torch import nn
 
 from hwprune import shards
-from hwprune.checkpoint import Folder, adopt, check_tiles, empty_model, read_folder
+from hwprune.checkpoint import (
+    Folder,
+    adopt,
+    check_tiles,
+    check_types,
+    empty_model,
+    read_folder,
+)
 from hwprune.families import timm_vit
 from hwprune.realise import reshape_
 from hwprune.spec import (
@@ -219,6 +226,7 @@ def _load(model: nn.Module, found: Folder, model_args: Mapping[str, Any]) -> Non
             f"{found.path}: {unplaced[0]} is in the file or in the model, but not in both; leave out the "
             "argument that changes the architecture"
         )
+    check_types(model, tensors)
     classes = found.spec["base"]["num_classes"]
     cfg |= {"state_dict": tensors, "num_classes": classes, "custom_load": False}
     for key in ("source", "file", "url", "hf_hub_id", "hf_hub_filename", "label_offset"):

@@ -66,13 +66,17 @@ def count_macs(model: nn.Module, x: Tensor) -> float:
 
     counter = FlopCounterMode(display=False)
     modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    # The counter's hooks stumble over views of parameters (an expanded class token), even under no_grad.
+    model.eval().requires_grad_(False)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(x)
     finally:
         for module, mode in modes:
             module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
     return counter.get_total_flops() / 2 / len(x)
 
 

@@ -146,7 +146,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _constant(model: nn.Module, layer: Layer) -> dict[str, Any]:
     """Replace a layer by its output bias."""
     out = get_linear(model, layer.out)
-    branch = ConstantBranch(out.out_features, out.bias)
+    branch = ConstantBranch(out.out_features, out.bias).requires_grad_(out.weight.requires_grad)
     _replace(model, layer.name, branch.to(out.weight.device, out.weight.dtype))
     return {"type": "constant", "features": out.out_features}
 
@@ -244,6 +244,8 @@ def _cut_attention(
     slim.proj.weight.copy_(out.weight[:, rows_v])
     if out.bias is not None:
         slim.proj.bias.copy_(out.bias)
+    slim.qkv.requires_grad_(get_linear(model, layer.q.linear).weight.requires_grad)
+    slim.proj.requires_grad_(out.weight.requires_grad)
     _replace(model, layer.name, slim)
     return {"type": "attention", **sizes}
 

@@ -63,6 +63,8 @@ class _Sums:
     def add(self, cut_MI: Tensor, full_MI: Tensor, weight_M: Tensor) -> None:
         """Add a batch of M tokens."""
         same = cut_MI is full_MI
+        if cut_MI.element_size() < 4:  # half precision would lose the covariance in its products
+            cut_MI, full_MI = cut_MI.float(), full_MI.float()
         cut = cut_MI - self.shift_cut
         full = cut if same else full_MI - self.shift_full
         for w, weight in enumerate((weight_M, torch.ones_like(weight_M))):
@@ -153,10 +155,10 @@ def _stage_calls(
             _: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], i: int = i
         ) -> None:
             kwargs[i] = given
-            if i and not (last and torch.equal(args[0], last[-1])):
+            if len(args) > 1 or (i and not (last and torch.equal(args[0], last[-1]))):
                 raise ValueError(
-                    f"stage {i} does not take the output of stage {i - 1}: repair needs a plain column "
-                    "of blocks; prune with repair=False"
+                    f"stage {i} takes something else than the output of the stage before: repair needs a "
+                    "plain column of blocks; prune with repair=False"
                 )
 
         def after(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:

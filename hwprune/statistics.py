@@ -54,6 +54,8 @@ class Moments:
 
     def add(self, x: Tensor, grad: Tensor, weighting: Weighting) -> None:
         """Add a batch. x: [..., M, I] and grad: [..., M, O], M rows."""
+        if x.element_size() < 4:  # half precision would lose the covariance in its products
+            x, grad = x.float(), grad.float()
         if weighting == "gradient":
             energy = grad.square().sum(-1)
             weight = energy / energy.mean(-1, keepdim=True).clamp_min(1e-30)

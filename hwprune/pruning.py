@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -15,7 +15,7 @@ from hwprune.checkpoint import describe_base
 from hwprune.cost import ModelCost, count_macs, model_cost
 from hwprune.distortion import Curve, curves
 from hwprune.families import timm_vit
-from hwprune.realise import realise_
+from hwprune.realise import Shape, realise_, zero_
 from hwprune.repair import repair_
 from hwprune.report import Report, environment
 from hwprune.rotate import rotate_
@@ -59,6 +59,40 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
 
 
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; on exit every module has its mode again, and after a failure the model its all."""
+    modules = dict(model.named_modules())
+    modes = {name: module.training for name, module in modules.items()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            if child:
+                setattr(modules[parent], child, module)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        raise
+    finally:
+        for name, module in model.named_modules():
+            while name not in modes:  # new inside a rebuilt layer
+                name = name.rpartition(".")[0]
+            module.training = modes[name]
+
+
+def _refuse_pruned(model: nn.Module) -> None:
+    spec = getattr(model, "hwprune_spec", None)
+    if isinstance(spec, Mapping) and spec.get("shape"):
+        raise ValueError(
+            f"{type(model).__name__} is pruned already, and a file can describe only one step from the "
+            "dense model; prune the dense model with the smaller budget"
+        )
+
+
 def _on_device(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     parameter = next(model.parameters())
     return [b.to(parameter.device, parameter.dtype) for b in batches if len(b)]
@@ -99,6 +133,7 @@ def analyse(
             return None
         return lambda done, total: progress(step, done, total)
 
+    _refuse_pruned(model)
     units = timm_vit.find_units(model, kinds, block=block)
     batches = _on_device(model, batches)
     with _timed(seconds, "calibrate"):
@@ -151,11 +186,12 @@ def prune(
         raise ValueError(
             f"device={device!r}: budgets macs and params need no device profile; leave device out"
         )
+    _refuse_pruned(model)
+    batches = _on_device(model, batches)
     analysis = analysis or analyse(
         model, batches, kinds=kinds, block=block, seed=seed, progress=progress
     )
     seconds = dict(analysis.seconds)
-    batches = _on_device(model, batches)
     with _timed(seconds, "allocate"):
         plan = allocate(
             model, analysis.curves, analysis.cost, budget, round_to=round_to, gain=analysis.gain
@@ -164,35 +200,41 @@ def prune(
     base = describe_base(model)
     if all(bool(grid.all()) for grid in mask.values()):
         return _finish(model, analysis, plan, budget, {}, base, seconds, batches, seed, 0.0)
+    with _undone_on_failure(model):
+        shape, distance = _cut_(model, analysis, mask, batches, repair, seconds, progress)
+        return _finish(model, analysis, plan, budget, shape, base, seconds, batches, seed, distance)
+
+
+def _cut_(
+    model: nn.Module,
+    analysis: Analysis,
+    mask: Mask,
+    batches: Sequence[Tensor],
+    repair: bool,
+    seconds: dict[str, float],
+    progress: StepProgress | None,
+) -> tuple[Shape, float]:
+    """Rotate, re-fit and realise; returns the shape and the mean distortion on the batches."""
     classifier = is_classifier(model)
     with torch.inference_mode():
         dense_out = [model_output(model, b).clone() for b in batches]
-    snapshot = {name: p.detach().clone() for name, p in model.named_parameters()}
-    try:
-        with _timed(seconds, "repair"):
-            _rotate(model, analysis, mask)
-            if repair:
-                step = None if progress is None else (lambda d, t: progress("repair", d, t))
-                repair_(
-                    model,
-                    analysis.units,
-                    mask,
-                    analysis.statistics,
-                    batches,
-                    timm_vit.stages(model),
-                    progress=step,
-                )
-            else:
-                from hwprune.realise import zero_
-
-                zero_(model, analysis.units, mask)
-        with torch.inference_mode():
-            before = model_output(model, batches[0]).clone()
-    except BaseException:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(snapshot[name])
-        raise
+    with _timed(seconds, "repair"):
+        _rotate(model, analysis, mask)
+        if repair:
+            step = None if progress is None else (lambda d, t: progress("repair", d, t))
+            repair_(
+                model,
+                analysis.units,
+                mask,
+                analysis.statistics,
+                batches,
+                timm_vit.stages(model),
+                progress=step,
+            )
+        else:
+            zero_(model, analysis.units, mask)
+    with torch.inference_mode():
+        before = model_output(model, batches[0]).clone()
     with _timed(seconds, "realise"):
         shape = realise_(model, analysis.units, mask)
     with _timed(seconds, "check"), torch.inference_mode():
@@ -204,9 +246,7 @@ def prune(
                 for out, ref in zip(outs, dense_out, strict=True)
             ]
         )
-    return _finish(
-        model, analysis, plan, budget, shape, base, seconds, batches, seed, float(distance.mean())
-    )
+    return shape, float(distance.mean())
 
 
 def _rotate(model: nn.Module, analysis: Analysis, mask: Mask) -> None:
@@ -235,7 +275,7 @@ def _finish(
     analysis: Analysis,
     plan: Plan,
     budget: Budget,
-    shape: dict[str, dict[str, object]],
+    shape: Shape,
     base: dict[str, object],
     seconds: dict[str, float],
     batches: Sequence[Tensor],

@@ -287,5 +287,7 @@ def test_blocks_that_do_not_form_a_plain_column_are_refused() -> None:
     statistics = calibrate(model, units, batches)
     mask = {u.name: torch.arange(HIDDEN) < 60 for u in units}
     stages = timm_vit.stages(model)[::-1]
-    with pytest.raises(ValueError, match=r"stage \d takes something else than the output .*repair=False"):
+    with pytest.raises(
+        ValueError, match=r"stage \d takes something else than the output .*repair=False"
+    ):
         repair_(model, units, mask, statistics, batches, stages)

@@ -76,8 +76,9 @@ def test_quality_pairs_images():
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random"])
 @pytest.mark.parametrize("budget", [0.8, 0.5])
-def test_whole_unit_baselines_meet_the_budget_within_a_neuron(vit, criterion, budget):
-    pruned = whole_units.prune(vit, [images()], budget, criterion=criterion, seed=0)
+@pytest.mark.parametrize("even", [False, True])
+def test_whole_unit_baselines_meet_the_budget_within_a_neuron(vit, criterion, budget, even):
+    pruned = whole_units.prune(vit, [images()], budget, criterion=criterion, seed=0, even=even)
     macs = count.true_macs(pruned, images(1))
     assert budget * DENSE - TOKENS * 2 * DIM <= macs <= budget * DENSE
     assert count.true_macs(vit, images(1)) == DENSE

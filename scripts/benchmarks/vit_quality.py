@@ -103,9 +103,11 @@ def lpvit(dense: nn.Module, batches: list[Tensor], budget: float) -> tuple[nn.Mo
 def all_methods(seed: int, labels: list[Tensor]) -> list[Method]:
     """Every row of the table, in its order."""
 
-    def whole(criterion: str) -> Prune:
+    def whole(criterion: str, *, even: bool = False) -> Prune:
         return lambda dense, batches, budget: timed(
-            lambda: whole_units.prune(dense, batches, budget, criterion=criterion, seed=seed)
+            lambda: whole_units.prune(
+                dense, batches, budget, criterion=criterion, seed=seed, even=even
+            )
         )
 
     def peer(recipe: torch_pruning_recipe.Recipe) -> Prune:
@@ -134,7 +136,16 @@ def all_methods(seed: int, labels: list[Tensor]) -> list[Method]:
             for recipe in torch_pruning_recipe.RECIPES
         ),
         Method("lpvit", "LPViT (paper), 32x32 blocks", lpvit, ("block",)),
-        Method("magnitude", "magnitude, heads and neurons", whole("magnitude"), whole_kinds),
+        *(
+            Method(
+                "magnitude",
+                "magnitude, heads and neurons",
+                whole("magnitude", even=even),
+                whole_kinds,
+                "the same share of every layer" if even else "all layers ranked together",
+            )
+            for even in (False, True)
+        ),
         Method("random", "random, heads and neurons", whole("random"), whole_kinds),
     ]
 

@@ -1,4 +1,4 @@
-"""Magnitude and random pruning of heads and neurons: one global ranking, no repair, to equal true MACs."""
+"""Magnitude and random pruning of heads and neurons, no repair, to equal true MACs."""
 
 import copy
 import math
@@ -14,7 +14,13 @@ from hwprune.units import AttentionLayer, Units
 
 
 def prune(
-    dense: nn.Module, batches: list[Tensor], budget: float, *, criterion: str, seed: int
+    dense: nn.Module,
+    batches: list[Tensor],
+    budget: float,
+    *,
+    criterion: str,
+    seed: int,
+    even: bool = False,
 ) -> nn.Module:
     """Remove the lowest heads and neurons of all layers together until the budget is met.
 
@@ -25,6 +31,7 @@ def prune(
         criterion: "magnitude", the root mean square of a unit's weights, so that a head and a
             neuron compare by weight and not by size; or "random".
         seed: of the random criterion.
+        even: rank within each layer first, so that every layer loses the same share.
     """
     model = copy.deepcopy(dense)
     units = find_units(model, ("head", "neuron"))
@@ -34,8 +41,12 @@ def prune(
     macs = {unit.name: _unit_macs(model, unit) for unit in units}
     ranking = []
     for unit in units:
-        size = math.sqrt(_unit_weights(model, unit)) if criterion == "magnitude" else 1.0
-        ranking += [(s / size, unit.name, i) for i, s in enumerate(scores[unit.name].tolist())]
+        score = scores[unit.name]
+        if even:
+            score = (score.argsort().argsort() + 0.5) / unit.count
+        elif criterion == "magnitude":
+            score = score / math.sqrt(_unit_weights(model, unit))
+        ranking += [(s, unit.name, i) for i, s in enumerate(score.tolist())]
     mask = {unit.name: torch.ones(unit.shape, dtype=torch.bool) for unit in units}
     excess, smallest = (1 - budget) * true_macs(model, batches[0][:1]), min(macs.values())
     for _, name, index in sorted(ranking):

@@ -28,6 +28,7 @@ from hwprune.units import Units, get_linear
 NAME = "curve-normalisation"
 ROWS = rows.ROOT / "profiles" / "rows" / f"{NAME}.jsonl"
 FRACTIONS = (0.75, 0.5, 0.25)
+OURS = "kfac, gradient-weighted tokens (ours)"
 
 
 def price(model: nn.Module, curve: Curve, moments: Moments, metric_OO: Tensor) -> Tensor:
@@ -47,13 +48,35 @@ def price(model: nn.Module, curve: Curve, moments: Moments, metric_OO: Tensor) -
     return 0.5 * eliminate_groups(weight_OI, damped_inverse(moment_II), index, order)[1]
 
 
+def projected(model: nn.Module, curve: Curve, kept: int, batches: Sequence[Tensor]) -> float:
+    """½ E_n (Σ_j B[n, j])² over the removed channels, in the rotated basis; no re-fit is priced.
+
+    A q/k channel's sum holds its q rows and its k rows, which but for the biases say the same thing twice.
+    """
+    saved = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        assert curve.rotation is not None
+        rotate_(model, curve.units.layer, curve.units.kind, curve.rotation)
+        sums_NU = calibrate(model, [curve.units], batches, sums=True).sums[curve.units.name]
+    finally:
+        model.load_state_dict(saved)
+    gone = ~curve.kept(kept)
+    return 0.5 * float((sums_NU[:, gone].sum(1) / 2).square().mean())
+
+
 def predictions(
-    model: nn.Module, curve: Curve, gradient: Statistics, uniform: Statistics, kept: int
+    model: nn.Module,
+    curve: Curve,
+    gradient: Statistics,
+    uniform: Statistics,
+    kept: int,
+    batches: Sequence[Tensor],
 ) -> dict[str, float]:
     """Normalisation -> predicted distortion of keeping `kept` units."""
     removed = curve.units.count - kept
-    found = {"kfac, gradient-weighted tokens (ours)": float(curve.distortion[removed])}
+    found = {OURS: float(curve.distortion[removed])}
     if curve.units.kind == "qk":
+        found["block-projected Gauss-Newton"] = projected(model, curve, kept, batches)
         return found
     plain = uniform.linear[curve.units.layer.out]
     identity = torch.eye(len(plain.metric), dtype=torch.float64)
@@ -122,7 +145,7 @@ def main() -> None:
         curve = found[unit.name]
         for fraction in FRACTIONS:
             kept = round(unit.count * fraction)
-            predicted = predictions(model, curve, gradient, uniform, kept)
+            predicted = predictions(model, curve, gradient, uniform, kept, batches)
             true = truth(model, unit, curve, kept, gradient, batches, check, reference)
             points.append((unit.kind, predicted, max(true, 1e-9)))
             print(
@@ -154,8 +177,6 @@ def main() -> None:
                 f"{row['log10_spread']:.2f}  true/predicted {row['median_true_over_predicted']:.3g}"
             )
 
-
-OURS = "kfac, gradient-weighted tokens (ours)"
 
 if __name__ == "__main__":
     main()

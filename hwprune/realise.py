@@ -191,22 +191,24 @@ def slim_attention(
     q, out = get_linear(model, layer.q.linear), get_linear(model, layer.out)
     v = get_linear(model, layer.v.linear)
     qk_kept = sizes["qk"] == layer.head_dim
-    slim = SlimAttention(
-        q.in_features,
-        sizes["heads"],
-        sizes["qk"],
-        sizes["v"],
-        scale=layer.scale,
-        dim_out=out.out_features,
-        qkv_bias=q.bias is not None or v.bias is not None,
-        proj_bias=out.bias is not None,
-        attn_drop=_rate(getattr(old, "attn_drop", 0.0)),
-        proj_drop=_rate(getattr(old, "proj_drop", 0.0)),
-        q_norm=getattr(old, "q_norm", None) if qk_kept else None,
-        k_norm=getattr(old, "k_norm", None) if qk_kept else None,
-        prefix_tokens=int(getattr(old, "num_prefix_tokens", 0)),
-        rotate_half=bool(getattr(old, "rotate_half", False)),
-    )
+    # The initial weights are overwritten: they must not cost the user draws of the global generator.
+    with torch.random.fork_rng(devices=[]):
+        slim = SlimAttention(
+            q.in_features,
+            sizes["heads"],
+            sizes["qk"],
+            sizes["v"],
+            scale=layer.scale,
+            dim_out=out.out_features,
+            qkv_bias=q.bias is not None or v.bias is not None,
+            proj_bias=out.bias is not None,
+            attn_drop=_rate(getattr(old, "attn_drop", 0.0)),
+            proj_drop=_rate(getattr(old, "proj_drop", 0.0)),
+            q_norm=getattr(old, "q_norm", None) if qk_kept else None,
+            k_norm=getattr(old, "k_norm", None) if qk_kept else None,
+            prefix_tokens=int(getattr(old, "num_prefix_tokens", 0)),
+            rotate_half=bool(getattr(old, "rotate_half", False)),
+        )
     return slim.to(out.weight.device, out.weight.dtype)
 
 

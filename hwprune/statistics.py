@@ -35,22 +35,26 @@ class Moments:
     """Streaming second moments around one linear (or the queries of one attention).
 
     Attributes:
-        second: [..., I, I] float64, weighted mean of x xᵀ over tokens.
+        centred: [..., I, I] float64, weighted second moment of x over tokens about its mean: what a
+            re-fitted bias leaves. (A running sum about the shift until `finish`.)
         mean: [..., I] float64, weighted mean of x.
-        centred: second moment about the mean: what a re-fitted bias leaves.
         metric: [..., O, O] float64, sum over tokens of g gᵀ, averaged over images.
         token_weight: [N, T] float32, gradient energy |g_t|² of each token; None under uniform
             weighting.
     """
 
-    second: Tensor
+    centred: Tensor
     mean: Tensor
     metric: Tensor
     weight_sum: Tensor
     token_weight: Tensor | None = None
-    centred: Tensor = field(default_factory=lambda: torch.empty(0))
     _shift: Tensor | None = None
     _weights: list[Tensor] = field(default_factory=list)
+
+    @property
+    def second(self) -> Tensor:
+        """Weighted mean of x xᵀ: what counts where there is no bias to re-fit."""
+        return self.centred + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
     def add(self, x: Tensor, grad: Tensor, weighting: Weighting) -> None:
         """Add a batch. x: [..., M, I] and grad: [..., M, O], M rows."""
@@ -71,7 +75,7 @@ class Moments:
         weighted = x * weight.unsqueeze(-1)
         # One float32 GEMM a batch, float64 sums over batches: float32 sums over 50 000 tokens lose
         # the small eigenvalues that the elimination order rests on.
-        self.second += (x.mT @ weighted).double()
+        self.centred += (x.mT @ weighted).double()
         self.mean += weighted.sum(-2).double()
         self.metric += (grad.mT @ grad).double()
         self.weight_sum += weight.sum(-1).double()
@@ -81,11 +85,9 @@ class Moments:
         total = self.weight_sum.clamp_min(1e-300)
         assert self._shift is not None
         mean = self.mean / total[..., None]
-        self.centred = self.second / total[..., None, None] - mean.unsqueeze(-1) * mean.unsqueeze(
-            -2
-        )
+        self.centred /= total[..., None, None]
+        self.centred -= mean.unsqueeze(-1) * mean.unsqueeze(-2)
         self.mean = mean + self._shift.squeeze(-2).double()
-        self.second = self.centred + self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
         self.metric /= images
         if weighting == "gradient" and self._weights[0].dim() == 1:
             self.token_weight = torch.cat(self._weights).view(images, -1)
@@ -251,9 +253,7 @@ def calibrate(
                 "zero classifier?); prune a trained model"
             )
         moments.finish(images, weighting)
-    held = [
-        t for m in [*linear.values(), *queries.values()] for t in (m.second, m.centred, m.metric)
-    ]
+    held = [t for m in [*linear.values(), *queries.values()] for t in (m.centred, m.metric)]
     held += [t for parts in unit_sums.values() for t in parts]
     return Statistics(
         linear,

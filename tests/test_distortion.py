@@ -115,10 +115,11 @@ def test_a_curve_of_tiles_is_the_feature_distance_after_the_best_re_fit(
     for kept in range(curve.units.count + 1):
         grid = curve.kept(kept)
         error = 0.0
-        for o in range(OUTPUTS):  # tiles keep the bias, so no constant in the design
+        for o in range(OUTPUTS):  # the bias is re-fitted too, so the design has a constant
             columns = [i for i in range(HIDDEN) if grid[o // rows, i // cols]]
             target = (h @ weight[o])[:, None]
-            fit = h[:, columns] @ torch.linalg.lstsq(h[:, columns], target).solution
+            design = torch.cat([h[:, columns], torch.ones_like(target)], 1)
+            fit = design @ torch.linalg.lstsq(design, target).solution
             error += 0.5 * float((target - fit).square().mean())
         predicted = curve.distortion[curve.units.count - kept]
         assert float(predicted) == pytest.approx(error, rel=1e-6, abs=1e-9)
@@ -132,7 +133,8 @@ def test_the_first_tile_removed_is_the_cheapest_of_all(exact: None) -> None:
     for r, c in itertools.product(range(2), range(3)):
         rest = [i for i in range(HIDDEN) if i // 2 != c]
         target = h @ weight[2 * r : 2 * r + 2].T
-        fit = h[:, rest] @ torch.linalg.lstsq(h[:, rest], target).solution
+        design = torch.cat([h[:, rest], torch.ones(len(h), 1, dtype=h.dtype)], 1)
+        fit = design @ torch.linalg.lstsq(design, target).solution
         loss[r, c] = 0.5 * (target - fit).square().sum(1).mean()
     assert int(curve.order[0]) == int(loss.argmin())
     assert float(curve.distortion[1]) == pytest.approx(float(loss.min()), rel=1e-5)

@@ -6,13 +6,14 @@ import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from hwprune.allocate import Budget, UnreachableBudget, allocate, select
-from hwprune.cost import ModelCost, Structure, count_macs, model_cost
+from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, model_cost
 from hwprune.distortion import Curve
 from hwprune.options import Option, levels, option_groups, pareto
 from hwprune.realise import realise_
@@ -115,19 +116,24 @@ def test_the_plan_is_the_best_of_all_combinations_of_tiles(seed: int) -> None:
     assert plan.distortion == pytest.approx(best, rel=1e-5)
 
 
-def test_one_curve_ten_million_times_the_others_does_not_blur_them() -> None:
-    model, curves, cost = problem(["head", "neuron"], 1)
+@pytest.mark.parametrize("seed", range(8))
+def test_one_curve_far_above_the_others_does_not_blur_them(seed: int) -> None:
+    model, curves, cost = problem(["head", "neuron"], seed)
     huge = curves["blocks.0.attn:head"]
-    curves["blocks.0.attn:head"] = Curve(huge.units, huge.order, huge.distortion * 1e7)
+    curves["blocks.0.attn:head"] = Curve(huge.units, huge.order, huge.distortion * 1e12)
     budget = Budget(macs=0.8)
     plan = allocate(model, curves, cost, budget, round_to=16)
     best = brute_force(model, curves, cost, budget.limits(cost), 16)
     assert plan.distortion == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_limit_one_mac_below_a_plan_excludes_that_plan(seed: int) -> None:
     model, curves, cost = problem(["head", "neuron"], seed)
+    layers = layers_of(c.units for c in curves.values())
+    tokens = 10_007  # one MAC of 1e9 is less than what a solver rounds off
+    macs = sum(layer_macs(model, layer, dense_structure(layer), tokens) for layer in layers)
+    cost = replace(cost, macs=macs, tokens=dict.fromkeys(cost.tokens, tokens), fixed_macs=0)
     first = allocate(model, curves, cost, Budget(macs=0.7), round_to=8)
     second = allocate(model, curves, cost, Budget(macs=first.macs - 1), round_to=8)
     assert second.macs <= first.macs - 1
@@ -202,7 +208,6 @@ def test_dead_units_leave_first_and_their_cost_is_counted_right() -> None:
     units = [c.units for c in curves.values()]
     realise_(model, units, {**full_mask(units), **select(curves, plan)})
     assert plan.params == sum(p.numel() for p in model.parameters())
-    assert plan.macs == count_macs(model, IMAGE)
 
 
 @pytest.mark.parametrize("round_to", [8, 16, 64])
@@ -286,7 +291,7 @@ def least_macs(model: nn.Module, curves: Mapping[str, Curve], cost: ModelCost) -
     return totals(groups, cost, [min(o, key=lambda x: x.macs) for _, o in groups])["macs"]
 
 
-def test_two_limits_that_exclude_each_other_are_unreachable_though_each_alone_is_not() -> None:
+def test_the_least_of_both_limits_is_reachable_at_once() -> None:
     model, curves, cost = problem(["block"], 0, (16, 10), depth=1)
     groups = option_groups(model, curves, cost)
     least = {

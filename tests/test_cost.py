@@ -15,9 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hwprune.allocate import Budget, Plan, allocate, select
 from hwprune.cost import ModelCost, count_macs, model_cost
 from hwprune.distortion import Curve
+from hwprune.layers import BlockSparseLinear
+from hwprune.options import option_groups
 from hwprune.realise import realise_
 from hwprune.rotate import Rotation
-from hwprune.units import Units, full_mask, layers_of
+from hwprune.units import Units, full_mask, get_linear, layers_of
 
 timm = pytest.importorskip("timm")
 
@@ -111,6 +113,23 @@ def test_predicted_costs_of_tiles_are_exact_also_where_border_tiles_are_padded(
         plan = allocate(model, curves, cost, Budget(macs=macs))
         assert plan.macs <= macs * cost.macs
         check_costs(model, curves, plan)
+
+
+@pytest.mark.parametrize("block", [(20, 20), (16, 10), (64, 64)])
+def test_every_option_of_tiles_costs_what_is_stored_and_none_more_than_dense(
+    block: tuple[int, int],
+) -> None:
+    model, curves, cost = problem(["block"], 2, block)
+    for _, options in option_groups(model, curves, cost):
+        for option in options:
+            ((name, kept),) = option.keep.items()
+            linear = get_linear(model, name.removesuffix(":block"))
+            sparse = BlockSparseLinear.from_dense(linear, curves[name].kept(kept), block)
+            stored = sparse.values.numel()
+            if kept == curves[name].units.count:
+                stored = linear.weight.numel()
+            assert option.params == stored <= linear.weight.numel()
+            assert option.macs == 17 * stored
 
 
 def test_predicted_costs_are_exact_where_tiles_and_whole_units_compete() -> None:

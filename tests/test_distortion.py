@@ -24,10 +24,10 @@ HIDDEN, OUTPUTS = 6, 3
 class Ending(nn.Module):
     """tanh units and an output linear that is the model's output. float64, one token an image."""
 
-    def __init__(self, num_classes: int, scale: float = 1.0) -> None:
+    def __init__(self, num_classes: int, scale: float = 1.0, bias: bool = True) -> None:
         super().__init__()
         torch.manual_seed(2)
-        self.fc1, self.fc2 = nn.Linear(4, HIDDEN), nn.Linear(HIDDEN, OUTPUTS)
+        self.fc1, self.fc2 = nn.Linear(4, HIDDEN), nn.Linear(HIDDEN, OUTPUTS, bias)
         self.num_classes = num_classes
         self.double()
         with torch.no_grad():
@@ -80,12 +80,17 @@ def inputs() -> Tensor:
 def refitted(model: Ending, x: Tensor, keep: Tensor) -> Tensor:
     """Outputs after the kept units, and the bias, are re-fitted by least squares from scratch."""
     with torch.no_grad():
-        design = torch.cat([model.hidden(x)[:, keep], torch.ones(len(x), 1).double()], 1)
+        design = model.hidden(x)[:, keep]
+        if model.fc2.bias is not None:
+            design = torch.cat([design, torch.ones(len(x), 1).double()], 1)
         return design @ torch.linalg.lstsq(design, model(x)).solution
 
 
-def test_a_curve_of_neurons_is_the_feature_distance_after_the_best_re_fit(exact: None) -> None:
-    model, x, units = Ending(num_classes=0), inputs(), neurons()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_curve_of_neurons_is_the_feature_distance_after_the_best_re_fit(
+    exact: None, bias: bool
+) -> None:
+    model, x, units = Ending(num_classes=0, bias=bias), inputs(), neurons()
     (curve,) = curves(model, units, calibrate(model, units, [x])).values()
     for kept in range(HIDDEN + 1):
         out = refitted(model, x, curve.kept(kept))
@@ -194,6 +199,22 @@ def test_removing_all_neurons_costs_the_whole_damped_energy_of_the_layer(
     energy = 0.5 * torch.trace(moments.metric @ weight @ damped @ weight.T)
     got = found["blocks.0.mlp:neuron"].distortion[-1]
     torch.testing.assert_close(got, energy, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1", "blocks.1.attn.proj"])
+def test_removing_all_tiles_costs_the_damped_energy_of_each_row_of_tiles(
+    name: str, analysed: Analysed
+) -> None:
+    model, _, statistics, found = analysed
+    moments = statistics.linear[name]
+    weight = model.get_parameter(f"{name}.weight").detach()
+    damped = torch.linalg.inv(damped_inverse(moments.centred))
+    energy = 0.0
+    for start in range(0, len(weight), 10):  # tiles are (10, 7); the rows of one share a metric
+        own = slice(start, start + 10)
+        left = weight[own] @ damped @ weight[own].T
+        energy += 0.5 * float(torch.trace(moments.metric[own, own] @ left))
+    assert float(found[f"{name}:block"].distortion[-1]) == pytest.approx(energy, rel=1e-4)
 
 
 def test_removing_one_head_costs_its_schur_complement(analysed: Analysed) -> None:

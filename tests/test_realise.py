@@ -45,6 +45,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "rotary, absolute too": ("vit_small_patch16_rope_ape_224", {}),
     "rotary, unfused": ("vit_small_patch16_rope_224", {"qkv_fused": False}),
     "rotary, learned per head": ("vit_small_patch16_rope_mixed_224", {}),
+    "rotary, by halves": ("vit_small_patch16_rope_224", {"rope_rotate_half": True}),
     "rotary of PE": ("vit_pe_core_tiny_patch16_384", {}),
     "dinov3": ("vit_small_patch16_dinov3", {}),
     "siglip": ("vit_base_patch16_siglip_224", {}),

@@ -22,11 +22,11 @@ from hwprune.families import timm_vit  # noqa: E402 - needs timm
 HIDDEN = 96
 
 
-def vit(**changes: object) -> nn.Module:
+def vit(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
     """A tiny float64 ViT whose every weight matters."""
     torch.manual_seed(0)
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", **{**args, "num_classes": 5, **changes})
+    model = timm.create_model(name, **{**args, "num_classes": 5, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -115,8 +115,9 @@ def test_the_output_of_a_cut_layer_keeps_its_mean() -> None:
     torch.testing.assert_close(after.mean(0), before.mean(0), rtol=1e-8, atol=1e-8)
 
 
-def test_a_second_layer_is_fitted_on_what_the_cut_first_one_gives_it() -> None:
-    model, batches, name = vit(), images(), "blocks.1.mlp.fc2"
+@pytest.mark.parametrize("architecture", ["vit_tiny_patch16_224", "vit_small_patch16_rope_224"])
+def test_a_second_layer_is_fitted_on_what_the_cut_first_one_gives_it(architecture: str) -> None:
+    model, batches, name = vit(architecture), images(), "blocks.1.mlp.fc2"
     units = timm_vit.find_units(model, ["neuron"])
     statistics = calibrate(model, units, batches, weighting="uniform")
     keep = torch.arange(HIDDEN) % 3 > 0

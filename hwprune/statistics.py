@@ -235,7 +235,7 @@ def calibrate(
     done = 0
     try:
         with frozen(model), torch.enable_grad():
-            for batch in batches:
+            for batch in (b for b in batches if len(b)):
                 out = model_output(model, batch.detach().clone().requires_grad_(True))
                 if not bool(torch.isfinite(out).all()):
                     raise ValueError("model output: NaN or Inf on calibration images")

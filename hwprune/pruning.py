@@ -284,6 +284,14 @@ def _finish(
 ) -> Report:
     """Write the report and leave the spec on the model for `save`."""
     macs = count_macs(model, batches[0][:1])
+    params = sum(p.numel() for p in model.parameters())
+    for metric, got in (("macs", macs), ("params", float(params))):
+        limit = plan.limits.get(metric, float("inf"))
+        if shape and got > limit * 1.001:  # the plan's own count and torch's must agree
+            raise RuntimeError(
+                f"the realised model has {metric} {got:.6g}, the budget allows {limit:.6g}; please report "
+                "this model"
+            )
     rows = []
     for layer in layers_of(analysis.units):
         structure = {k: v for k, v in asdict(plan.structure[layer.name]).items() if v is not None}
@@ -294,7 +302,7 @@ def _finish(
         {k: v for k, v in asdict(budget).items() if v is not None},
         kinds,
         macs,
-        sum(p.numel() for p in model.parameters()),
+        params,
         plan.dense_macs,
         int(plan.dense_params),
         {
@@ -311,7 +319,7 @@ def _finish(
         },
         seconds,
         () if shape else ("the budget allows the dense model: nothing was removed",),
-        environment(),
+        environment(batches[0].device),
     )
     model.hwprune_spec = {  # type: ignore[assignment]
         "version": 1,

@@ -85,8 +85,8 @@ class Report:
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
 
-def environment() -> dict[str, str]:
-    """Versions and device, for provenance."""
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Versions and the device the run used (None = the CPU), for provenance."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}

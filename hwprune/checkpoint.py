@@ -209,8 +209,7 @@ def empty_model(found: Folder) -> nn.Module:
     if found.spec["shape"]:
         try:
             layers, _ = timm_vit.find_layers(model)
-            with torch.random.fork_rng(devices=[]):
-                reshape_(model, layers, found.spec["shape"])
+            reshape_(model, layers, found.spec["shape"])
         except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{found.path}: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -95,7 +95,6 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["device"] = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    )
+    on_gpu = device is not None and device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
     return found

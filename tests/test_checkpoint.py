@@ -228,9 +228,11 @@ def test_types_are_kept_and_asked_for(tmp_path: Path) -> None:
     assert load(tmp_path / "model", device="meta").get_parameter("cls_token").is_meta
 
 
-def test_loading_leaves_the_random_state_alone(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["plain", "rope-unfused"])
+def test_loading_leaves_the_random_state_alone(tmp_path: Path, name: str) -> None:
+    save(pruned(name), tmp_path / "model")
     before = torch.get_rng_state()
-    load(folder)
+    load(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -344,5 +346,9 @@ def test_a_change_after_creation_is_found_before_the_folder_takes_its_name(tmp_p
     assert isinstance(slim, SlimAttention)
     slim.scale *= 2  # the tensors alone would not show it
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn is .*scale"):
+        save(model, tmp_path / "model")
+    model = pruned("rope-unfused")
+    model.get_buffer("rope.pos_embed").mul_(2)
+    with pytest.raises(CheckpointError, match=r"rope\.pos_embed is not stored by timm"):
         save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -187,6 +187,7 @@ def prune(
             f"device={device!r}: budgets macs and params need no device profile; leave device out"
         )
     _refuse_pruned(model)
+    base = describe_base(model)  # a model no file could describe is refused before the long work
     batches = _on_device(model, batches)
     analysis = analysis or analyse(
         model, batches, kinds=kinds, block=block, seed=seed, progress=progress
@@ -197,7 +198,6 @@ def prune(
             model, analysis.curves, analysis.cost, budget, round_to=round_to, gain=analysis.gain
         )
         mask = {**full_mask(analysis.units), **select(analysis.curves, plan)}
-    base = describe_base(model)
     if all(bool(grid.all()) for grid in mask.values()):
         return _finish(model, analysis, plan, budget, {}, base, seconds, batches, seed, 0.0)
     with _undone_on_failure(model):

@@ -133,7 +133,10 @@ def write(
 
 def _write_file(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
     try:
+        file.touch()
+        mode = file.stat().st_mode  # safetensors leaves 0600, which keeps a server's user from reading it
         save_file(tensors, file, metadata=header)
+        file.chmod(mode)
     except SafetensorError as error:  # how safetensors passes on what the disk says
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

@@ -352,3 +352,9 @@ def test_a_change_after_creation_is_found_before_the_folder_takes_its_name(tmp_p
     with pytest.raises(CheckpointError, match=r"rope\.pos_embed is not stored by timm"):
         save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path: Path) -> None:
+    save(dense(), tmp_path / "m")
+    config, weights = tmp_path / "m" / "config.json", tmp_path / "m" / shards.SINGLE
+    assert weights.stat().st_mode == config.stat().st_mode

@@ -134,7 +134,7 @@ def write(
 def _write_file(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
     try:
         file.touch()
-        mode = file.stat().st_mode  # safetensors leaves 0600, which keeps a server's user from reading it
+        mode = file.stat().st_mode  # safetensors leaves 0600: other users could not read it
         save_file(tensors, file, metadata=header)
         file.chmod(mode)
     except SafetensorError as error:  # how safetensors passes on what the disk says

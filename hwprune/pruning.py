@@ -99,8 +99,8 @@ def _on_device(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 # Second-order curves are exact for small changes; further out the softmax makes q/k (and, less, v)
-# errors cost more than predicted. Ratios of true to predicted KL on ViT-Tiny are in the benchmark
-# `curve-normalisation`.
+# errors cost more than predicted. Medians of true over predicted KL on unseen images, ViT-Tiny, one layer
+# at a time (benchmark `curve-normalisation`): q/k 27, v 22, neurons 12; what counts here is their ratio.
 GAIN = {"qk": 3.0, "vo": 1.5, "neuron": 1.0, "head": 1.5, "block": 1.0}
 
 

@@ -209,8 +209,8 @@ def calibrate(
         units: what may be pruned; decides which linears are watched.
         batches: images [B, 3, height, width]; labels are not used.
         weighting: weight tokens by the gradient energy at the layer's output, or all the same.
-            On ViT-Tiny the last blocks' patch tokens carry 97 % of the input energy and almost none of
-            the gradient, so uniform weights mis-order layers there (benchmark `curve-normalisation`).
+            In the last blocks of a ViT only the class token has a gradient: planned with uniform weights
+            ViT-Tiny at 0.70 of its MACs lost KL 1.07 against 0.73 (256 images, prototype, 256 others).
         sums: also collect per-sample block sums B[n, j] for every unit.
         seed: of the random probe.
         progress: called with (images done, images in all).

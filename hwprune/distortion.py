@@ -56,10 +56,9 @@ def _metric_weight(model: nn.Module, name: str, moments: Moments) -> Tensor:
     return root_OO @ get_linear(model, name).weight.detach().double()
 
 
-def _inverse(model: nn.Module, name: str, moments: Moments) -> Tensor:
-    """H⁻¹ of a linear's input; about the mean where a bias can take the mean up."""
-    biased = get_linear(model, name).bias is not None
-    return damped_inverse(moments.centred if biased else moments.second)
+def _moment(model: nn.Module, name: str, moments: Moments) -> Tensor:
+    """H of a linear's input; about the mean where a bias can take the mean up."""
+    return moments.second if get_linear(model, name).bias is None else moments.centred
 
 
 def _structured(model: nn.Module, units: Units, moments: Moments) -> Curve:
@@ -67,7 +66,9 @@ def _structured(model: nn.Module, units: Units, moments: Moments) -> Curve:
     index = units.slices[-1].index
     assert index is not None
     weight_OI = _metric_weight(model, units.layer.out, moments)
-    order, curve = eliminate_groups(weight_OI, _inverse(model, units.layer.out, moments), index)
+    order, curve = eliminate_groups(
+        weight_OI, damped_inverse(_moment(model, units.layer.out, moments)), index
+    )
     return Curve(units, order, _monotone(0.5 * curve))
 
 
@@ -80,8 +81,7 @@ def _rotated_vo(model: nn.Module, units: Units, moments: Moments) -> Curve:
     weight = _metric_weight(model, layer.out, moments).view(-1, heads, width)
     weight_OI = torch.einsum("ohd,hdc->ohc", weight, rotation.second).flatten(1)
     turn_II = torch.block_diag(*rotation.first)
-    biased = get_linear(model, layer.out).bias is not None
-    moment_II = turn_II @ (moments.centred if biased else moments.second) @ turn_II.T
+    moment_II = turn_II @ _moment(model, layer.out, moments) @ turn_II.T
     order = torch.arange(width - 1, -1, -1)
     _, curve = eliminate_groups(weight_OI, damped_inverse(moment_II), index, order)
     return Curve(units, order, _monotone(0.5 * curve), rotation)
@@ -114,7 +114,9 @@ def _blocks(model: nn.Module, units: Units, moments: Moments) -> Curve:
         block = slice(r * rows, (r + 1) * rows)
         root_RR, _ = sqrt_psd(metric[block, block])
         weighted.append(root_RR @ weight[block])
-    order, loss = eliminate_blocks(torch.stack(weighted), _inverse(model, name, moments), cols)
+    order, loss = eliminate_blocks(
+        torch.stack(weighted), damped_inverse(_moment(model, name, moments)), cols
+    )
     taken, curve = merge_rows(order, 0.5 * loss)
     return Curve(units, taken, _monotone(curve))
 

@@ -104,13 +104,14 @@ class _Sums:
         return cut_cut, cut_full, mean_cut, mean_full
 
     def rounding(self) -> Tensor:
-        """Variance that is float32 rounding of the inputs (1e-14 of their energy) and no signal.
+        """Variance below which an input is float32 rounding and no signal: 1e-11 of the inputs' energy.
 
-        Behind an emptied linear an input is constant: a ridge relative to the variance of its rounding
-        would let the fit blow that up to weights of 1e16.
+        Behind an emptied linear every input is constant but for a rounding of 1e-14 of its energy, and how
+        that rounding goes with the full input is anything: fitted to it, weights of 1e16 come out (1e4
+        with a ridge of 1e-12 of the energy, depending on the number of threads).
         """
         variance = self.cut_cut_WII[1].diagonal() / self.weight_W[1].clamp_min(1e-300)
-        return 1e-10 * (variance + self.shift_cut.double().square()).mean()
+        return 1e-11 * (variance + self.shift_cut.double().square()).mean()
 
 
 @dataclass
@@ -226,7 +227,7 @@ def _solve(
     cut_cut: Tensor, target: Tensor, prior: Tensor, ridge_rel: float, floor: Tensor
 ) -> Tensor:
     """Ridge towards the kept weights: (A + r I)⁻¹ (target + r prior). [S, S], [S, O], [S, O]."""
-    ridge = ridge_rel * torch.maximum(cut_cut.diagonal().mean(), floor).clamp_min(1e-30)
+    ridge = torch.maximum(ridge_rel * cut_cut.diagonal().mean(), floor).clamp_min(1e-30)
     system = cut_cut + ridge * torch.eye(len(cut_cut), dtype=cut_cut.dtype, device=cut_cut.device)
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info):
@@ -243,6 +244,9 @@ def _fit(
     floor: Tensor,
 ) -> Tensor:
     """Least squares on the entries `keep_OI` marks; rows with the same pattern are solved together."""
+    # An input that is rounding explains nothing: without moments the ridge leaves its weights alone.
+    signal_I = (cut_cut.diagonal() > floor).to(cut_cut.dtype)
+    cut_cut, cut_full = cut_cut * torch.outer(signal_I, signal_I), cut_full * signal_I[:, None]
     target_IO = cut_full @ weight_OI.T
     fresh_OI = torch.zeros_like(weight_OI)
     patterns, member = torch.unique(keep_OI, dim=0, return_inverse=True)

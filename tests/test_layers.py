@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hwprune"
 # module gets its place in this table.
 LAYERS = (
     ("units", "kernels"),
-    ("layers", "obs", "device", "spec", "atomic"),
+    ("layers", "obs", "device", "spec", "atomic", "meter"),
     ("families", "cost", "statistics", "rotate", "timm_base"),
     ("criteria", "distortion", "data", "images", "digits"),
     ("options", "allocate", "repair", "realise", "densify"),

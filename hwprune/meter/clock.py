@@ -1,0 +1,75 @@
+"""The clock that measurements run by, and work that runs beside it: real, or a test's own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Beside(Protocol):
+    """Something that runs beside the caller until it is stopped."""
+
+    def stop(self) -> float:
+        """End it and wait for it; returns the CPU seconds it took."""
+
+
+class Clock(Protocol):
+    """Monotonic time, wall time, and a way to do something at intervals meanwhile."""
+
+    def now_ns(self) -> int:
+        """Monotonic nanoseconds: every duration comes from these."""
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970; only watched for steps."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+
+    def beside(self, steps: Iterator[float]) -> Beside:
+        """Run `steps` beside the caller: after each step it rests for the seconds the step yields."""
+
+
+class RealClock:
+    """The system's clocks, and a thread."""
+
+    def now_ns(self) -> int:
+        """Monotonic nanoseconds."""
+        return time.perf_counter_ns()
+
+    def wall_ns(self) -> int:
+        """Nanoseconds since 1970."""
+        return time.time_ns()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def beside(self, steps: Iterator[float]) -> Beside:
+        """Run `steps` in a daemon thread."""
+        return _Thread(steps)
+
+
+class _Thread:
+    """A thread that walks through an iterator and can be woken from its rest."""
+
+    def __init__(self, steps: Iterator[float]) -> None:
+        self._steps = steps
+        self._end = threading.Event()
+        self._cpu_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="hwprune-meter", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for pause_s in self._steps:
+            if self._end.wait(pause_s):
+                break
+        self._cpu_s = time.thread_time()  # of this thread alone, since it began
+
+    def stop(self) -> float:
+        """End it and wait for it; returns the CPU seconds it took."""
+        self._end.set()
+        # A driver call that hangs must not hang the program: the daemon thread is left behind.
+        self._thread.join(timeout=10)
+        return self._cpu_s

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "hwprune"
 # module gets its place in this table.
 LAYERS = (
     ("units", "kernels"),
-    ("layers", "obs", "device", "spec", "atomic", "meter"),
-    ("families", "cost", "statistics", "rotate", "timm_base"),
+    ("layers", "obs", "device", "spec", "atomic", "meter", "solvers", "denoisers", "culprit"),
+    ("families", "cost", "statistics", "rotate", "timm_base", "trajectory"),
     ("criteria", "distortion", "data", "images", "digits"),
     ("options", "allocate", "repair", "realise", "densify"),
     ("checkpoint", "shards", "card", "verify", "integrations", "lpvit", "lpvit_calibration"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hwprune.layers import BlockSparseLinear as BlockSparseLinear
     from hwprune.layers import ConstantBranch as ConstantBranch
     from hwprune.layers import SlimAttention as SlimAttention
+    from hwprune.meter.energy import MeasuredEnergy as MeasuredEnergy
+    from hwprune.meter.energy import measure_energy as measure_energy
     from hwprune.pruning import Analysis as Analysis
     from hwprune.pruning import analyse as analyse
     from hwprune.pruning import prune as prune
@@ -31,11 +33,13 @@ _HOMES = {
     "Budget": "allocate",
     "CheckpointError": "spec",
     "ConstantBranch": "layers",
+    "MeasuredEnergy": "meter.energy",
     "Report": "report",
     "SlimAttention": "layers",
     "UnreachableBudget": "allocate",
     "analyse": "pruning",
     "load": "checkpoint",
+    "measure_energy": "meter.energy",
     "prune": "pruning",
     "save": "checkpoint",
 }

@@ -11,6 +11,9 @@ from typing import Protocol
 class Beside(Protocol):
     """Something that runs beside the caller until it is stopped."""
 
+    def wake(self) -> None:
+        """End its rest now."""
+
     def stop(self) -> float:
         """End it and wait for it; returns the CPU seconds it took."""
 
@@ -56,20 +59,28 @@ class _Thread:
 
     def __init__(self, steps: Iterator[float]) -> None:
         self._steps = steps
-        self._end = threading.Event()
+        self._woken = threading.Event()
+        self._ended = False
         self._cpu_s = 0.0
         self._thread = threading.Thread(target=self._run, name="hwprune-meter", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         for pause_s in self._steps:
-            if self._end.wait(pause_s):
+            self._woken.wait(pause_s)
+            self._woken.clear()
+            if self._ended:
                 break
         self._cpu_s = time.thread_time()  # of this thread alone, since it began
 
+    def wake(self) -> None:
+        """End its rest now."""
+        self._woken.set()
+
     def stop(self) -> float:
         """End it and wait for it; returns the CPU seconds it took."""
-        self._end.set()
+        self._ended = True
+        self._woken.set()
         # A driver call that hangs must not hang the program: the daemon thread is left behind.
         self._thread.join(timeout=10)
         return self._cpu_s

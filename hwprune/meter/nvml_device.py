@@ -16,7 +16,7 @@ from typing import Any
 
 from hwprune.meter.estimate import Unavailable
 
-FORMS = "cuda:0, nvml:0, GPU-<uuid>, <domain>:<bus>:<device>.0 or rapl"
+FORMS = "cuda:0, nvml:0, GPU-<uuid>, <domain>:<bus>:<device>.0, rocm:0 or rapl"
 _UUID = re.compile(r"(?:GPU-)?([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})", re.IGNORECASE)
 _PCI = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([0-9a-f]{2})(?:\.0)?", re.IGNORECASE)
 _INDEXED = re.compile(r"(cuda|nvml)(?::(\d+))?")
@@ -62,11 +62,9 @@ def is_nvidia(spec: str) -> bool:
 
 
 def cuda_device(index: int | None) -> CudaDevice | Unavailable:
-    """What torch says of its CUDA device; the current one where no index is given."""
+    """What torch says of its CUDA (or ROCm) device; the current one where no index is given."""
     import torch
 
-    if torch.version.hip is not None:
-        return Unavailable("this torch is built for ROCm; name the device as rocm:0")
     if not torch.cuda.is_available():
         return Unavailable(
             "torch sees no CUDA device; name the board as nvml:0 to measure it all the same"

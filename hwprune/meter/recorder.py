@@ -22,28 +22,41 @@ _KNOWN_TICKS = 9  # the refresh is the median of the last eight
 class Recorder:
     """Readings, oldest first, while it runs.
 
+    Args:
+        source: what to poll.
+        clock: time, and what the polling runs beside.
+        stretch: lets the time between readings grow to this share of the time polled so far, up to a
+            second, so that hours of work make thousands of readings and not a million.
+
     Attributes:
         readings: what was read so far; only appended to.
-        spinning: set by the owner while it waits for a change of the counter.
         fault: why polling ended by itself; "" while it goes on.
         cpu_s: CPU seconds the polling took, once stopped.
     """
 
-    def __init__(self, source: EnergySource, clock: Clock, *, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, source: EnergySource, clock: Clock, *, stretch: float = 0.0) -> None:
         self.readings: list[Reading] = []
-        self.spinning = False
         self.fault = ""
         self.cpu_s = 0.0
         self._source = source
         self._clock = clock
-        self._pause_s = pause_s
+        self._stretch = stretch
+        self._spinning = False
         self._seen: list[Tick] = []
+        self._began_ns = 0
         self._beside: Beside | None = None
         self._pid = os.getpid()
 
     def start(self) -> None:
         """Begin to poll."""
+        self._began_ns = self._clock.now_ns()
         self._beside = self._clock.beside(self._steps())
+
+    def watch(self, closely: bool) -> None:
+        """Poll closely, while a change of the counter is waited for, or no longer."""
+        self._spinning = closely
+        if closely and self._beside is not None:
+            self._beside.wake()
 
     def stop(self) -> None:
         """End polling; harmless when repeated."""
@@ -66,7 +79,7 @@ class Recorder:
         state_due = 0
         while True:
             now = self._clock.now_ns()
-            with_state = now >= state_due and not self.spinning
+            with_state = now >= state_due and not self._spinning
             if with_state:
                 state_due = now + int(STATE_S * 1e9)
             try:
@@ -89,12 +102,12 @@ class Recorder:
 
     def _rest_s(self, now_ns: int) -> float:
         """Until the next reading: short only while a tick is wanted and due."""
-        if not self.spinning:
-            return self._pause_s
+        if not self._spinning:
+            return max(PAUSE_S, min(1.0, self._stretch * (now_ns - self._began_ns) / 1e9))
         refresh = refresh_ns(self._seen)
-        if refresh is None or refresh < 2e9 * self._pause_s:
+        if refresh is None or self._seen[-1].slack_ns > 0.3 * refresh:
             return SPIN_S
         # The last tick was seen up to a pause late, or the refresh jitters: be there before it.
         early_ns = self._seen[-1].slack_ns + 0.1 * refresh
         left_s = (self._seen[-1].t_ns + refresh - early_ns - now_ns) / 1e9
-        return max(SPIN_S, min(self._pause_s, left_s))
+        return max(SPIN_S, min(PAUSE_S, left_s))

@@ -109,7 +109,7 @@ class Run:
         """Run until the counter changes after a time, watching closely; None where it does not."""
         asked = now = self.clock.now_ns()
         best: Tick | None = None
-        self.recorder.spinning = True
+        self.recorder.watch(closely=True)
         try:
             while not self.recorder.fault and now - asked < PATIENCE_S * 1e9:
                 now = self.step()
@@ -118,7 +118,7 @@ class Run:
                 if best and (best.slack_ns < _CLOSE_NS or now - asked > _SECOND_LOOK_NS):
                     break
         finally:
-            self.recorder.spinning = False
+            self.recorder.watch(closely=False)
         return best
 
     def tick_to_tick(self, min_window_s: float) -> Ends | None:

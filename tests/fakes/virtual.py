@@ -65,6 +65,9 @@ class _Turns:
         else:
             self.due_ns = self._clock.now_ns() + max(1, int(pause_s * 1e9))
 
+    def wake(self) -> None:
+        self.due_ns = min(self.due_ns, self._clock.now_ns())
+
     def stop(self) -> float:
         self._clock.drop(self)
         return 0.0

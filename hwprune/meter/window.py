@@ -75,7 +75,8 @@ def energy_of(
             f"{settle_s}"
         )
     caps = source.caps
-    if refused := _refuse(caps, min_window_s):
+    refused = _refuse(caps, min_window_s)
+    if refused is not None:  # an Unavailable is false
         return refused
     run = Run(source, run_chunk, clock or RealClock())
     foreign = bool(source.foreign())

@@ -46,6 +46,10 @@ class VirtualClock:
         self._beside.append(turns)
         return turns
 
+    @property
+    def beside_count(self) -> int:
+        return len(self._beside)
+
     def drop(self, turns: _Turns) -> None:
         if turns in self._beside:
             self._beside.remove(turns)
@@ -166,7 +170,12 @@ class Sensor:
 
 
 class FakeSource:
-    """An `EnergySource` over a `Sensor`; `twist` changes readings on their way out."""
+    """An `EnergySource` over a `Sensor`.
+
+    Args:
+        twist: changes readings on their way out.
+        latency_s: longest time a reading takes; each takes a random part of it.
+    """
 
     def __init__(
         self,
@@ -176,9 +185,11 @@ class FakeSource:
         instant: bool = True,
         average: bool = True,
         twist: Callable[[Reading], Reading] = lambda reading: reading,
+        latency_s: float = 0.0,
         **caps: object,
     ) -> None:
         self._sensor, self._clock, self._twist = sensor, sensor.board.clock, twist
+        self._latency_s, self._random = latency_s, random.Random(0)
         self.foreign_pids: tuple[int, ...] | Unavailable = ()
         self.closed = 0
         self.clock_mhz, self.temperature_c, self.thermal_ns, self.capped_ns = 1980.0, 50.0, 0, 0
@@ -188,11 +199,14 @@ class FakeSource:
         )
 
     def read(self, state: bool = False) -> Reading:
-        now, caps = self._clock.now_ns(), self.caps
+        caps, half_s = self.caps, self._latency_s * self._random.random() / 2
+        self._clock.sleep(half_s)
+        now = self._clock.now_ns()
+        self._clock.sleep(half_s)
         return self._twist(
             Reading(
                 t_ns=now,
-                took_ns=100_000,
+                took_ns=int(2e9 * half_s),
                 energy_mj=self._sensor.energy_mj(now) if caps.counter else None,
                 instant_mw=self._sensor.instant_mw(now) if caps.instant else None,
                 average_mw=self._sensor.average_mw(now) if caps.average else None,

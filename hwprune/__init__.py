@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from hwprune.layers import BlockSparseLinear as BlockSparseLinear
     from hwprune.layers import ConstantBranch as ConstantBranch
     from hwprune.layers import SlimAttention as SlimAttention
+    from hwprune.meter.compare import measure as measure
     from hwprune.meter.energy import MeasuredEnergy as MeasuredEnergy
     from hwprune.meter.energy import measure_energy as measure_energy
+    from hwprune.meter.measurement import Measurement as Measurement
     from hwprune.pruning import Analysis as Analysis
     from hwprune.pruning import analyse as analyse
     from hwprune.pruning import prune as prune
@@ -34,11 +36,13 @@ _HOMES = {
     "CheckpointError": "spec",
     "ConstantBranch": "layers",
     "MeasuredEnergy": "meter.energy",
+    "Measurement": "meter.measurement",
     "Report": "report",
     "SlimAttention": "layers",
     "UnreachableBudget": "allocate",
     "analyse": "pruning",
     "load": "checkpoint",
+    "measure": "meter.compare",
     "measure_energy": "meter.energy",
     "prune": "pruning",
     "save": "checkpoint",

@@ -262,16 +262,15 @@ def check_tiles(model: nn.Module) -> None:
         CheckpointError: naming the layer.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, BlockSparseLinear) or not len(module.values):
+        if not isinstance(module, BlockSparseLinear):
             continue
-        rows, cols = module.get_buffer("row_index").long(), module.get_buffer("col_index").long()
-        high, wide = module.grid
-        inside = (rows >= 0) & (rows < high) & (cols >= 0) & (cols < wide)
-        if not bool(inside.all()) or not bool(((rows * wide + cols).diff() > 0).all()):
+        try:
+            module.tiles.check()
+        except ValueError as error:
             raise CheckpointError(
-                f"{name}: its tiles are not in order within a grid of {high} x {wide}; the file is "
-                "damaged: save the model again"
-            )
+                f"{name}: its tiles do not fit a weight of {module.out_features} x {module.in_features} "
+                f"({error}); the file is damaged: save the model again"
+            ) from None
 
 
 def adopt(model: nn.Module, spec: Mapping[str, Any]) -> None:

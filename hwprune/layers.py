@@ -1,8 +1,9 @@
 """The modules a realised model may hold besides stock `nn.Linear`s.
 
 `SlimAttention` is self-attention whose q/k width, v width and head count are free; `BlockSparseLinear`
-stores only the kept tiles of a weight; `ConstantBranch` is what is left of a branch with nothing in it.
-All are plain `nn.Module`s with plain tensors in their state dict.
+stores only the kept tiles of a weight; `CompactLinear` leaves out whole rows and columns; `ConstantBranch`
+is what is left of a branch with nothing in it. All are plain `nn.Module`s with plain tensors in their
+state dict.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hwprune.kernels import block_sparse_linear as bsl
+from hwprune.kernels.block_sparse.format import BlockSparseWeight
+from hwprune.kernels.block_sparse_linear import block_sparse_linear
 
 
 class ConstantBranch(nn.Module):
@@ -148,7 +150,9 @@ class BlockSparseLinear(nn.Module):
     """y = x Wᵀ + b that stores, and multiplies by, only the kept tiles of W.
 
     Tiles are (rows, cols) of W's [out, in]; border tiles are zero-padded in storage and any size of W
-    is allowed. State dict: `values` [kept, rows, cols], `row_index`, `col_index` [kept] int32, `bias`.
+    is allowed. State dict, plain tensors: `values` [kept, rows, cols], `idx` [kept + 1], `crow` and `order`
+    int32 (see `kernels.block_sparse.format.BlockSparseWeight`), `bias`. Trainable: gradients exist for
+    the stored tiles only, so what was pruned stays pruned.
 
     Args:
         in_features, out_features: of the dense weight.
@@ -163,14 +167,26 @@ class BlockSparseLinear(nn.Module):
         """Make an empty layer, zeros everywhere; `from_dense` fills one."""
         super().__init__()
         if min(block) < 1:
-            raise ValueError(f"block sides must be at least 1, got {block}")
+            raise ValueError(f"block: sides must be at least 1, got {block}")
         self.in_features, self.out_features, self.block = in_features, out_features, tuple(block)
         self.values = nn.Parameter(torch.zeros(kept, *block))
-        self.row_index: Tensor
-        self.col_index: Tensor
-        self.register_buffer("row_index", torch.zeros(kept, dtype=torch.int32))
-        self.register_buffer("col_index", torch.zeros(kept, dtype=torch.int32))
+        self.idx: Tensor
+        self.crow: Tensor
+        self.order: Tensor
+        rows = self.grid[0]
+        self.register_buffer("idx", torch.zeros(kept + 1, dtype=torch.int32))
+        self.register_buffer("crow", torch.zeros(rows + 1, dtype=torch.int32))
+        self.register_buffer("order", torch.arange(rows, dtype=torch.int32))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        # Tiles in each block-row where they all hold as many, which saves the kernels a load; 0 = not so.
+        self.count = 0
+        nn.Module.register_load_state_dict_post_hook(self, _after_loading)
+
+    def note_count(self) -> None:
+        """Look whether all block-rows hold as many tiles; call after changing `crow` by hand."""
+        counts = self.crow.diff() if self.crow.device.type == "cpu" else self.crow[:0]
+        same = len(counts) > 0 and bool((counts == counts[0]).all())
+        self.count = int(counts[0]) if same else 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -182,6 +198,12 @@ class BlockSparseLinear(nn.Module):
     def density(self) -> float:
         """Kept fraction of tiles."""
         return self.values.shape[0] / (self.grid[0] * self.grid[1])
+
+    @property
+    def tiles(self) -> BlockSparseWeight:
+        """The stored weight, as the kernels take it; shares memory with this layer."""
+        shape = (self.out_features, self.in_features)
+        return BlockSparseWeight(self.values, self.idx, self.crow, self.order, shape)
 
     @classmethod
     def from_dense(
@@ -197,21 +219,13 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: `keep` has another shape or dtype.
         """
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            block,
-            int(keep.sum()) if keep.dtype == torch.bool else 0,
-            bias=linear.bias is not None,
-        )
-        if keep.dtype != torch.bool or tuple(keep.shape) != layer.grid:
-            raise ValueError(
-                f"keep: expected bool {layer.grid} for a weight {tuple(linear.weight.shape)} in tiles of "
-                f"{block}, got {keep.dtype} {tuple(keep.shape)}"
-            )
-        values, row_index, col_index = bsl.pack(linear.weight.detach(), keep, block)
+        cut = BlockSparseWeight.from_dense(linear.weight.detach(), keep, block)
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, block, len(cut.values), bias=has_bias)
         layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
-        layer.values.data, layer.row_index, layer.col_index = values, row_index, col_index
+        layer.values.data = cut.values
+        layer.idx, layer.crow, layer.order = cut.idx, cut.crow, cut.order
+        layer.note_count()
         if layer.bias is not None:
             assert linear.bias is not None
             layer.bias.data = linear.bias.detach().clone()
@@ -219,9 +233,7 @@ class BlockSparseLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight with zeros where tiles were dropped: [out, in]."""
-        return bsl.unpack(
-            self.values, self.row_index, self.col_index, (self.out_features, self.in_features)
-        )
+        return self.tiles.to_dense()
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -232,10 +244,67 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"BlockSparseLinear: expected inputs of width {self.in_features}, got {tuple(x.shape)}"
-            )
-        return bsl.block_sparse_linear(
-            x, self.values, self.row_index, self.col_index, self.bias, self.out_features
-        )
+        if (
+            torch.onnx.is_in_onnx_export()
+        ):  # ONNX knows no such operator: the zeros are multiplied there
+            return F.linear(x, self.to_dense(), self.bias)
+        return block_sparse_linear(x, self.tiles, self.bias, count=self.count)
+
+
+def _after_loading(layer: BlockSparseLinear, _: object) -> None:
+    layer.note_count()
+
+
+class CompactLinear(nn.Module):
+    """y = x Wᵀ + b for a W with whole rows and columns of zeros: a dense product of what is left.
+
+    Args:
+        in_features, out_features: of the whole weight.
+        rows: int64 [n], outputs that are more than their bias.
+        cols: int64 [k], inputs that are read.
+        bias: whether there is one.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rows: Tensor, cols: Tensor, *, bias: bool
+    ) -> None:
+        """Make an empty layer; `from_dense` fills one."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(len(rows), len(cols)))
+        self.rows: Tensor
+        self.cols: Tensor
+        self.register_buffer("rows", rows.clone())
+        self.register_buffer("cols", cols.clone())
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor | None) -> CompactLinear:
+        """Drop the rows and columns of `weight` [out, in] that are wholly zero."""
+        weight = weight.detach()
+        rows, cols = (weight != 0).any(1).nonzero()[:, 0], (weight != 0).any(0).nonzero()[:, 0]
+        layer = cls(weight.shape[1], weight.shape[0], rows, cols, bias=bias is not None)
+        layer.to(device=weight.device, dtype=weight.dtype)
+        layer.weight.data = weight[rows][:, cols].contiguous()
+        if layer.bias is not None:
+            assert bias is not None
+            layer.bias.data = bias.detach().clone()
+        return layer
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        kept = tuple(self.weight.shape)
+        return f"in_features={self.in_features}, out_features={self.out_features}, kept={kept}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out]."""
+        if self.weight.shape[1] < self.in_features:
+            x = x.index_select(-1, self.cols)
+        if self.weight.shape[0] == self.out_features:
+            return F.linear(x, self.weight, self.bias)
+        small = F.linear(x, self.weight)
+        shape = (*x.shape[:-1], self.out_features)
+        if self.bias is None:
+            return small.new_zeros(shape).index_copy(-1, self.rows, small)
+        whole = self.bias.to(small.dtype).expand(shape)
+        return whole.index_add(-1, self.rows, small)

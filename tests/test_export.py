@@ -88,13 +88,14 @@ def test_an_exported_program_computes_the_same_at_another_batch_size(which: str)
 
 
 @pytest.mark.slow
-def test_onnx_runtime_computes_the_same(tmp_path: Path) -> None:
+@each_model
+def test_onnx_runtime_computes_the_same(which: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript"):
         pytest.importorskip(
             needed, reason=f"{needed} is not installed: pip install hwprune[export]"
         )
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model, x = realised(empty=True)
+    model, x = MODELS[which]()
     path = tmp_path / "model.onnx"
     with torch.no_grad():
         expected = model(x).numpy()

@@ -48,6 +48,7 @@ def parameters(model: nn.Module) -> int:
 def stored_entries(layer: BlockSparseLinear) -> int:
     """Entries of the weight that the kept blocks cover."""
     rows, columns = layer.block
-    heights = (layer.out_features - layer.row_index.long() * rows).clamp(max=rows)
-    widths = (layer.in_features - layer.col_index.long() * columns).clamp(max=columns)
+    row_of, column_of = layer.tiles.keep().nonzero(as_tuple=True)
+    heights = (layer.out_features - row_of * rows).clamp(max=rows)
+    widths = (layer.in_features - column_of * columns).clamp(max=columns)
     return int((heights * widths).sum())

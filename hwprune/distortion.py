@@ -21,7 +21,7 @@ from hwprune.obs import (
 )
 from hwprune.rotate import Rotation, rotation_qk, rotation_vo
 from hwprune.statistics import Moments, Progress, Statistics
-from hwprune.units import AttentionLayer, Scores, Units, get_linear
+from hwprune.units import AttentionLayer, Scores, Units, get_linear, vision_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,9 @@ def _structured(model: nn.Module, units: Units, moments: Moments) -> Curve:
     """Heads and neurons: group-OBS on the columns of the output linear."""
     index = units.slices[-1].index
     assert index is not None
-    weight_OI = _metric_weight(model, units.layer.out, moments)
-    order, curve = eliminate_groups(
-        weight_OI, damped_inverse(_moment(model, units.layer.out, moments)), index
-    )
+    out = vision_layer(units).out
+    weight_OI = _metric_weight(model, out, moments)
+    order, curve = eliminate_groups(weight_OI, damped_inverse(_moment(model, out, moments)), index)
     return Curve(units, order, _monotone(0.5 * curve))
 
 
@@ -152,7 +151,8 @@ def curves(
 
 def _curve(model: nn.Module, unit: Units, statistics: Statistics) -> Curve:
     linear: Mapping[str, Moments] = statistics.linear
-    name = unit.slices[0].param.removesuffix(".weight") if unit.kind == "block" else unit.layer.out
+    out = vision_layer(unit).out
+    name = unit.slices[0].param.removesuffix(".weight") if unit.kind == "block" else out
     if name not in linear or (unit.kind == "qk" and unit.layer.name not in statistics.queries):
         raise ValueError(f"{unit.name}: no statistics; calibrate with the units you ask curves for")
     try:

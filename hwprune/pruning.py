@@ -26,7 +26,7 @@ from hwprune.statistics import (
     model_output,
     output_distance,
 )
-from hwprune.units import Mask, Units, full_mask, layers_of
+from hwprune.units import Mask, Units, full_mask, layers_of, vision_layer
 
 StepProgress = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -252,7 +252,7 @@ def _cut_(
 def _rotate(model: nn.Module, analysis: Analysis, mask: Mask) -> None:
     for name, curve in analysis.curves.items():
         if curve.rotation is not None and not bool(mask[name].all()):
-            layer = curve.units.layer
+            layer = vision_layer(curve.units)
             rotate_(model, layer, curve.units.kind, curve.rotation)
 
 

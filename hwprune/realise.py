@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from hwprune.cost import input_rows
+from hwprune.coupled import realise_coupled_, reshape_coupled_
 from hwprune.layers import BlockSparseLinear, ConstantBranch, SlimAttention
 from hwprune.units import (
+    AnyLayer,
     AttentionLayer,
+    CoupledLayer,
     Layer,
     Mask,
     MlpLayer,
+    ResidualBlock,
     Units,
     check_mask,
     expand,
@@ -30,7 +34,7 @@ from hwprune.units import (
     layers_of,
 )
 
-# layer or linear name -> {"type": "attention" | "mlp" | "block" | "constant", ...sizes}
+# layer or linear name -> {"type": "attention" | "mlp" | "block" | "constant" | "units" | "removed", ...sizes}
 Shape: TypeAlias = dict[str, dict[str, Any]]
 
 
@@ -104,6 +108,8 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
     Raises:
         ValueError: the mask does not fit, or nothing is left to remove.
     """
+    if any(isinstance(u.layer, CoupledLayer | ResidualBlock) for u in units):
+        return realise_coupled_(model, units, mask)
     check_mask(units, mask)
     mask = {**full_mask(units), **mask}
     by_layer = _layer_masks(units, mask)
@@ -252,7 +258,7 @@ def _cut_attention(
     return {"type": "attention", **sizes}
 
 
-def reshape_(model: nn.Module, layers: Sequence[Layer], shape: Shape) -> None:
+def reshape_(model: nn.Module, layers: Sequence[AnyLayer], shape: Shape) -> None:
     """Give a freshly built dense model the shape of a pruned one; weights are left for loading.
 
     Args:
@@ -263,7 +269,12 @@ def reshape_(model: nn.Module, layers: Sequence[Layer], shape: Shape) -> None:
     Raises:
         ValueError: the shape names layers the model does not have, or sizes it cannot hold.
     """
-    by_name = {layer.name: layer for layer in layers}
+    if any(isinstance(layer, CoupledLayer | ResidualBlock) for layer in layers):
+        reshape_coupled_(model, layers, shape)
+        return
+    by_name = {
+        layer.name: layer for layer in layers if isinstance(layer, AttentionLayer | MlpLayer)
+    }
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, entry in shape.items():
         kind = entry.get("type")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hwprune.units import AttentionLayer, Units, get_linear, reduce
+from hwprune.units import AttentionLayer, Units, get_linear, reduce, vision_layer
 
 Progress = Callable[[int, int], None]  # (done, total)
 Weighting = Literal["gradient", "uniform"]
@@ -278,7 +278,7 @@ def _watch(
         if unit.kind == "block":
             names = [unit.slices[0].param.removesuffix(".weight")]
         else:
-            names = [unit.layer.out]
+            names = [vision_layer(unit).out]
         for name in names:
             if name not in linear:
                 module = get_linear(model, name)

@@ -1,8 +1,9 @@
 """What can be removed from a model, and what must leave together.
 
 A *unit* is the smallest thing a plan can drop: an attention head, a hidden neuron of an MLP, one
-channel of the rotated query/key or value space, or a tile ("block") of one weight matrix. Units of one
-kind in one layer share a grid; a mask is a bool tensor of that grid's shape, True = keep.
+channel of the rotated query/key or value space, a tile ("block") of one weight matrix, or a whole
+transformer block ("depth"). Units of one kind in one layer share a grid; a mask is a bool tensor of that
+grid's shape, True = keep.
 
 Shapes: U units of a layer, E entries a unit owns along one dimension of a parameter.
 """
@@ -12,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["block", "head", "neuron", "qk", "vo"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["block", "head", "neuron", "qk", "vo", "depth"]
+KINDS: tuple[Kind, ...] = ("block", "head", "neuron", "qk", "vo")  # of vision transformers
 
 Scores: TypeAlias = dict[str, Tensor]  # float, shape of the grid; higher = keep
 Mask: TypeAlias = dict[str, Tensor]  # bool, shape of the grid; True = keep
@@ -87,7 +88,69 @@ class MlpLayer:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-Layer: TypeAlias = AttentionLayer | MlpLayer
+@dataclass(frozen=True)
+class Columns:
+    """A run of input columns of one linear: what an output projection reads.
+
+    Attributes:
+        linear: name of the `nn.Linear` (or pointwise `nn.Conv2d`) in the model.
+        start: first column.
+        count: number of columns.
+    """
+
+    linear: str
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class CoupledLayer:
+    """Heads or neurons spread over several linears: two streams of one attention, a fused output.
+
+    Unit j owns entries j * width to (j + 1) * width of every run.
+
+    Attributes:
+        name: module that only its output biases are left of when every unit goes.
+        stage: index of the transformer block it sits in.
+        kind: what its units are.
+        count: number of units.
+        width: rows and columns of a unit in each run: the channels of a head, or 1.
+        inputs: runs of rows that make the units; of linears, or of (depthwise) convolutions.
+        outputs: runs of columns that read them.
+        attributes: (dotted attribute, entries of it a unit makes up) to keep in step.
+        residue: what stands in the module's place when nothing is left: "bias" = the output bias for
+            every token, "joint" = that of both streams, "map" = zeros or the bias for every pixel,
+            "width" = the module itself, with linears of width 0, "empty" = a tensor of width 0.
+    """
+
+    name: str
+    stage: int
+    kind: Literal["head", "neuron"]
+    count: int
+    width: int
+    inputs: tuple[Rows, ...]
+    outputs: tuple[Columns, ...]
+    attributes: tuple[tuple[str, int], ...] = ()
+    residue: Literal["bias", "joint", "map", "width", "empty"] = "bias"
+
+
+@dataclass(frozen=True)
+class ResidualBlock:
+    """A transformer block that does nothing once its output projections are zero.
+
+    Attributes:
+        name: its place in a `nn.ModuleList`.
+        stage: its index among the blocks of the model.
+        outputs: every linear whose result is added to the residual stream.
+    """
+
+    name: str
+    stage: int
+    outputs: tuple[str, ...]
+
+
+Layer: TypeAlias = AttentionLayer | MlpLayer  # of vision transformers
+AnyLayer: TypeAlias = Layer | CoupledLayer | ResidualBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +177,13 @@ class Units:
     Attributes:
         name: key in masks and scores, "<layer>:<kind>" ("<linear>:block" for tiles).
         layer: the layer they belong to.
-        kind: block, head, neuron, qk or vo.
+        kind: block, head, neuron, qk, vo or depth.
         shape: grid: (U,), or (tile rows, tile cols) for blocks.
         slices: what of which parameters each unit owns.
     """
 
     name: str
-    layer: Layer
+    layer: AnyLayer
     kind: Kind
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
@@ -217,11 +280,26 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def vision_layer(unit: Units) -> Layer:
+    """The attention or MLP a unit of a vision transformer belongs to.
+
+    Raises:
+        ValueError: it is a unit of a diffusion model.
+    """
+    if isinstance(unit.layer, CoupledLayer | ResidualBlock):
+        raise ValueError(
+            f"{unit.name}: expected a unit of a vision transformer, got one of a diffusion model; its layers "
+            "are those of hwprune.families.denoiser"
+        )
+    return unit.layer
+
+
 def layers_of(units: Iterable[Units]) -> list[Layer]:
-    """The distinct layers behind some units, in model order."""
+    """The distinct layers behind some units of a vision transformer, in model order."""
     seen: dict[str, Layer] = {}
     for u in units:
-        seen.setdefault(u.layer.name, u.layer)
+        layer = vision_layer(u)
+        seen.setdefault(layer.name, layer)
     return sorted(
         seen.values(), key=lambda layer: (layer.stage, not isinstance(layer, AttentionLayer))
     )

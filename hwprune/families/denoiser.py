@@ -1,0 +1,57 @@
+"""Any denoiser of diffusers we can cut exactly: picks its family by class, or says why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from torch import nn
+
+from hwprune.families import dit, mmdit, qwen_image, sana, unet
+from hwprune.units import AnyLayer, Units
+
+_FAMILIES: tuple[ModuleType, ...] = (unet, dit, mmdit, sana, qwen_image)
+_ACROSS_HEADS = (
+    "its q/k norm (rms_norm_across_heads) runs over all heads at once, so removing one changes the "
+    "others: masked and realised models would differ"
+)
+_REFUSED = dict.fromkeys(
+    ("WanTransformer3DModel", "WanVACETransformer3DModel", "LTXVideoTransformer3DModel"),
+    _ACROSS_HEADS,
+)
+
+
+def family_of(model: nn.Module) -> ModuleType:
+    """The module of `hwprune.families` that knows this class.
+
+    Raises:
+        ValueError: none does, or none can: Wan and LTX are refused with the reason.
+    """
+    name = type(model).__name__
+    for family in _FAMILIES:
+        if name in family.CLASSES:
+            return family
+    if name in _REFUSED:
+        raise ValueError(f"{name} cannot be pruned exactly: {_REFUSED[name]}")
+    known = ", ".join(c for family in _FAMILIES for c in family.CLASSES)
+    raise ValueError(f"{name} is no denoiser hwprune can cut; expected one of {known}")
+
+
+def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
+    """All layers of a denoiser in order, and the reasons for those left dense; raises as `family_of`."""
+    found: tuple[list[AnyLayer], list[str]] = family_of(model).find_layers(model)
+    return found
+
+
+def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
+    """Everything of `kinds` that can be removed from a denoiser.
+
+    Args:
+        model: a dense denoiser of diffusers.
+        kinds: any of head, neuron, depth; None = head and neuron.
+
+    Raises:
+        ValueError: as `family_of`; an unknown kind; nothing found.
+    """
+    units: list[Units] = family_of(model).find_units(model, kinds)
+    return units

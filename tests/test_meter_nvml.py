@@ -59,15 +59,17 @@ class Rig:
         return Chunk(1, 0.004)
 
     def fail_from(
-        self, start_s: float, name: str, for_s: float = 1e9, what: str = "fields"
+        self, start_s: float, name: str, times: int | None = None, what: str = "fields"
     ) -> None:
-        """From a time on (seconds after the start), calls or field values fail."""
-        start = self.clock.now_ns() + start_s * 1e9
+        """From a time on (seconds after the start), calls or field values fail, for ever or so many times."""
+        start, self.failures = self.clock.now_ns() + start_s * 1e9, 0
 
         def fault(symbol: str | int) -> int:
-            fields = symbol == "nvmlDeviceGetFieldValues" if what == "call" else symbol == 83
-            now = self.clock.now_ns()
-            return code(name) if fields and start <= now < start + for_s * 1e9 else OK
+            asked = symbol == "nvmlDeviceGetFieldValues" if what == "call" else symbol == 83
+            if not asked or self.clock.now_ns() < start or self.failures == times:
+                return OK
+            self.failures += 1
+            return code(name)
 
         self.library.fault = fault
 
@@ -149,9 +151,11 @@ def test_an_error_that_passes_is_outlived_where_it_may_be(
     rig: Rig, name: str, start_s: float
 ) -> None:
     source = rig.open()
-    rig.fail_from(start_s, name, for_s=0.005 if name in TRANSIENT else 0.025)
+    times = 3 if name in TRANSIENT else 1
+    rig.fail_from(start_s, name, times)
     found = energy_of(source, rig.work, clock=rig.clock)
     source.close()
+    assert rig.failures == times
     outlived = name in TRANSIENT or (start_s < 1 and name not in LOST)
     assert isinstance(found, EnergyWindow) == outlived
     if isinstance(found, EnergyWindow):

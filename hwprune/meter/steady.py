@@ -16,7 +16,6 @@ from hwprune.meter.ticks import (
     drift,
     held_mean,
     reading_fault,
-    refresh_ns,
     slope_per_s,
     ticks,
 )
@@ -24,7 +23,7 @@ from hwprune.meter.ticks import (
 # Without a change in that time there is no counter; the slowest one seen refreshes every 0.1 s.
 PATIENCE_S = 1.0
 # A tick seen as closely as that is taken; else a better one is waited for, but not for long.
-_CLOSE_NS, _SECOND_LOOK_NS = 3e6, 0.35e9
+_CLOSE_NS, _SECOND_LOOK_NS = 1.5e6, 0.35e9
 _BLOCK_S, _BLOCKS, _STEADY_REL, _STEADY_C_PER_S = 0.3, 5, 0.01, 0.5
 
 
@@ -93,7 +92,7 @@ class Run:
             power = block_means(lambda a, b: held_mean(recent, name, a, b), now, _BLOCK_S, _BLOCKS)
         else:
             power = block_means(lambda a, b: counted_power(recent, a, b), now, _BLOCK_S, _BLOCKS)
-            slack = (refresh_ns(ticks(recent)) or 0.0) / (_BLOCK_S * 1e9)
+            slack = (self.recorder.refresh_ns or 0.0) / (_BLOCK_S * 1e9)
         if power is None or drift(power) > _STEADY_REL + slack:
             return False
         if any(r.clock_sm_mhz is not None for r in recent):

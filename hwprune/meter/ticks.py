@@ -45,15 +45,13 @@ def ticks(readings: Sequence[Reading]) -> list[Tick]:
 
 
 def refresh_ns(found: Sequence[Tick]) -> float | None:
-    """The usual time between ticks; None where fewer than three were seen.
+    """The usual time between ticks; None where no two neighbours were seen closely enough to tell.
 
-    Ticks seen closely decide where there are any: polled every 20 ms, a counter of 10 ms looks like 20.
+    Polled every 100 ms a counter of 10 ms looks like one of 100 ms, so only close pairs count.
     """
-    if len(found) < 3:
-        return None
     pairs = [(b.t_ns - a.t_ns, a.slack_ns + b.slack_ns) for a, b in pairwise(found)]
     close = [gap for gap, slack in pairs if slack < 0.3 * gap]
-    return median(close or [gap for gap, _ in pairs])
+    return median(close) if close else None
 
 
 def counter_fault(readings: Sequence[Reading]) -> str:

@@ -20,8 +20,6 @@ from hwprune.meter.ticks import (
     grown,
     held_mean,
     reading_fault,
-    refresh_ns,
-    ticks,
 )
 
 MIN_WINDOW_S = 3.0
@@ -160,7 +158,7 @@ def _assess(
     capped_ns = grown(readings, "capped_ns")
     covered_ns = readings[-1].t_ns - readings[0].t_ns
     energy_j = power_w * duration_s
-    seen_refresh_ns = refresh_ns(ticks([r for r in readings if r.energy_mj is not None]))
+    refresh_ns = run.recorder.refresh_ns
     polled_s = (run.recorder.readings[-1].t_ns - run.recorder.readings[0].t_ns) / 1e9
     status = "discard" if DISCARD & set(flags) else "unsteady" if "unsteady" in flags else "ok"
     return EnergyWindow(
@@ -184,7 +182,7 @@ def _assess(
         clock_sm_mhz=held_mean(readings, "clock_sm_mhz", start, end),
         clock_mem_mhz=held_mean(readings, "clock_mem_mhz", start, end),
         temperature_c=held_mean(readings, "temperature_c", start, end),
-        refresh_s=None if seen_refresh_ns is None else seen_refresh_ns / 1e9,
+        refresh_s=caps.refresh_s if refresh_ns is None else refresh_ns / 1e9,
         meter_cpu_s=run.recorder.cpu_s,
         meter_share=run.recorder.cpu_s / polled_s if polled_s else math.nan,
         flags=tuple(flags),

@@ -1,0 +1,114 @@
+"""Any libnvidia-ml.so.1 on the loader's path is measured through, in real time and at next to no cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed: pip install hwprune[power]")
+
+FAKES = Path(__file__).parent / "fakes"
+WATTS = 345.0
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a libnvidia-ml.so.1 built from tests/fakes/nvml.c."""
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("no C compiler here (or not Linux), so no library to put on the loader's path")
+    folder = tmp_path_factory.mktemp("nvml")
+    subprocess.run(
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            str(FAKES / "nvml.c"),
+            "-o",
+            str(folder / "libnvidia-ml.so.1"),
+        ],
+        check=True,
+    )
+    return folder
+
+
+def run(library: Path, code: str, refresh_ms: float = 20) -> Any:
+    """What a fresh interpreter prints as JSON."""
+    settings = {"LD_LIBRARY_PATH": str(library), "FAKE_WATTS": str(WATTS)}
+    settings["FAKE_REFRESH_MS"] = str(refresh_ms)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+BLOCK = """
+import dataclasses, json, time, hwprune
+with hwprune.measure_energy("nvml:0") as e:
+    time.sleep(1.0)
+print(json.dumps(dataclasses.asdict(e)))
+"""
+
+
+@pytest.mark.parametrize("refresh_ms", [10, 100])
+def test_a_block_is_measured_through_it(library: Path, refresh_ms: float) -> None:
+    found = run(library, BLOCK, refresh_ms)
+    assert found["device"] == "FAKE-BOARD" and found["reason"] == "", found
+    assert found["duration_s"] == pytest.approx(1.0, abs=0.1)
+    assert found["average_power_w"] == pytest.approx(WATTS, rel=found["uncertainty_rel"])
+    assert found["uncertainty_rel"] < 2 * refresh_ms / 1e3
+
+
+WINDOW = """
+import json, time
+from hwprune.meter.energy_window import Chunk
+from hwprune.meter.open import open_source
+from hwprune.meter.window import energy_of
+
+def work():
+    {work}
+    return Chunk(1)
+
+source = open_source("GPU-fa4e0000-0000-4000-8000-000000000001")
+assert source, source.reason
+print(json.dumps(energy_of(source, work, min_window_s=2.0).to_dict()))
+source.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "work",
+    [
+        "time.sleep(0.004)",
+        "end = time.perf_counter() + 0.05\n    while time.perf_counter() < end: pass",
+    ],
+    ids=["device", "python"],
+)
+def test_repeated_work_is_measured_well_and_the_polling_takes_under_half_a_percent(
+    library: Path, work: str
+) -> None:
+    """Beside work that waits for a device, and beside work that never lets go of the interpreter."""
+    found = run(library, WINDOW.format(work=work), 100)
+    error = abs(found["average_power_w"] / WATTS - 1)
+    assert error <= found["uncertainty_rel"], found
+    assert error < 0.005 and found["uncertainty_rel"] < 0.02
+    assert found["refresh_s"] == pytest.approx(0.1, rel=0.2)
+    # CPU time of the polling thread by the time polled: wall time would count what others do here.
+    assert found["meter_share"] < 0.005, f"the meter took {found['meter_share']:.2%} of a core"

@@ -1,4 +1,4 @@
-"""The command line: hwprune prune | eval | inspect.
+"""The command line: hwprune prune | eval | measure | inspect.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr; 3 a budget that cannot be kept; 130 Ctrl-C.
 torch and timm are imported inside the commands, so that --help answers at once.
@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from hwprune.cli_measure import measure
 from hwprune.exits import BAD_INPUT, INTERRUPTED, plainly, say
 from hwprune.terminal import (
     STDOUT,
@@ -280,6 +281,9 @@ def evaluate(
         rows += [["images", str(result.images)], ["MACs of an image", figure(macs)]]
         rows += [["parameters", figure(params)], ["time", f"{seconds:.1f} s"]]
         show(f"{model} on {data}", ("", ""), rows, *([opened.note] if opened.note else []))
+
+
+app.command()(measure)
 
 
 @app.command()

@@ -156,6 +156,16 @@ def test_a_time_that_is_none_gives_a_reason_and_no_figure(odd: float) -> None:
         assert "positive finite" in found.reason
 
 
+def test_turns_are_paired_before_the_median_is_taken() -> None:
+    """Both arms slow down in the same turn of a round; only the pairs show that they are equal."""
+    below = np.tile([1.0, 1.0, 2.0], (8, 1))
+    above = np.tile([1.0, 2.0, 4.0], (8, 1))
+    found = of_ratio(above, below, 0.01)
+    assert isinstance(found, Estimate)
+    assert (found.value, found.n) == (2.0, 8)
+    assert of_arm(above).value == 2.0  # type: ignore[union-attr]
+
+
 def test_unequal_rounds_are_no_pairs() -> None:
     assert isinstance(of_ratio(np.ones(8), np.ones(9), 0.01), Unavailable)
 
@@ -205,13 +215,13 @@ def test_holm_is_the_step_down_procedure() -> None:
 def test_a_fifth_of_the_rounds_may_be_void_and_no_more() -> None:
     ledger = Ledger()
     for _ in range(4):
-        ledger.keep({"a": 1.0, "b": 2.0})
+        ledger.keep({"a": [1.0, 1.5], "b": [2.0, 3.0]})
     ledger.discard("the clock was set")
     assert (ledger.kept, ledger.invalid) == (4, "")
     ledger.discard("a kernel was compiled")
     assert ledger.invalid == ("2 of 6 rounds were discarded, the last: a kernel was compiled")
     assert ledger.discarded == [(4, "the clock was set"), (5, "a kernel was compiled")]
-    assert list(ledger.values("b")) == [2.0] * 4
+    assert ledger.values("b").tolist() == [[2.0, 3.0]] * 4
     ledger.drop("b")
     assert len(ledger.values("b")) == 0
 

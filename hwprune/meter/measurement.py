@@ -123,7 +123,7 @@ class Measurement:
 
     Attributes:
         arms: name -> figures; the first is the model.
-        rounds_s: arm -> median seconds a forward in each round, A/A included.
+        rounds_s: arm -> seconds a forward, [rounds, turns], A/A included.
         rounds_j: the same in joules an image; empty without energy.
         latency_limit, energy_limit: half-widths asked for.
         noise_rel: of the machine, before and after: relative standard deviation of one fixed small product.
@@ -289,8 +289,8 @@ class Measurement:
             "aa": self.aa.to_dict() | {"ok": self.aa_ok},
             "noise_rel": list(self.noise_rel),
             "rounds": {
-                "latency_s": {name: list(map(float, v)) for name, v in self.rounds_s.items()},
-                "energy_j": {name: list(map(float, v)) for name, v in self.rounds_j.items()},
+                "latency_s": {name: v.tolist() for name, v in self.rounds_s.items()},
+                "energy_j": {name: v.tolist() for name, v in self.rounds_j.items()},
             },
             "discarded": [list(entry) for entry in self.discarded],
             "invalid": self.invalid or None,

@@ -83,20 +83,20 @@ def orders(arms: Sequence[str], seed: int) -> Iterator[tuple[str, ...]]:
 
 @dataclass
 class Ledger:
-    """What came of the rounds: one figure an arm and round, and the rounds that do not count.
+    """What came of the rounds: one or more figures an arm and round, and the rounds that do not count.
 
     A round is kept or discarded whole: dropping single samples would take the slow ones of one arm.
 
     Attributes:
-        figures: arm -> one figure a kept round.
+        figures: arm -> one figure a turn of each kept round.
         discarded: (round, reason).
     """
 
-    figures: dict[str, list[float]] = field(default_factory=dict)
+    figures: dict[str, list[list[float]]] = field(default_factory=dict)
     discarded: list[tuple[int, str]] = field(default_factory=list)
     rounds: int = 0
 
-    def keep(self, figures: Mapping[str, float]) -> None:
+    def keep(self, figures: Mapping[str, list[float]]) -> None:
         """Count a round. All arms that are still measured must be in it."""
         for arm, figure in figures.items():
             self.figures.setdefault(arm, []).append(figure)
@@ -127,8 +127,9 @@ class Ledger:
         return ""
 
     def values(self, arm: str) -> Floats:
-        """The figures of an arm, in order of the rounds."""
-        return np.asarray(self.figures.get(arm, ()), dtype=np.float64)
+        """The figures of an arm, [rounds, turns]."""
+        found = np.asarray(self.figures.get(arm, ()), dtype=np.float64)
+        return found.reshape(len(found), -1) if len(found) else np.empty((0, 1))
 
 
 def median_interval(values: Floats, seed: int = 0) -> tuple[float, float]:
@@ -175,12 +176,13 @@ def of_arm(values: Floats, seed: int = 0) -> Estimate | Unavailable:
     """The median over rounds of a positive figure, with its interval.
 
     Args:
-        values: one figure a kept round.
+        values: of each kept round: [rounds], or [rounds, turns].
         seed: of the bootstrap.
     """
     broken = _broken(values)
     if broken:
         return Unavailable(broken)
+    values = by_round(values)
     return Estimate(
         float(np.median(values)), *median_interval(values, seed), len(values), _few(values)
     )
@@ -192,22 +194,27 @@ def of_ratio(
     """The ratio of two arms, paired by round: exp of the median log-ratio, with its interval.
 
     Args:
-        above: one figure a kept round.
+        above: of each kept round: [rounds], or [rounds, turns], then paired turn by turn.
         below: the same of the other arm, of the same rounds.
         limit_rel: the half-width asked for; a wider interval is flagged "imprecise".
         seed: of the bootstrap.
     """
-    if len(above) != len(below):
-        return Unavailable(f"the arms ran in {len(above)} and {len(below)} rounds: no pairs")
+    if above.shape != below.shape:
+        return Unavailable(f"the arms ran in {above.shape} and {below.shape} rounds: no pairs")
     broken = _broken(above) or _broken(below)
     if broken:
         return Unavailable(broken)
-    logs = np.log(above) - np.log(below)
+    logs = by_round(np.log(above) - np.log(below))
     value, (lo, hi) = float(np.median(logs)), median_interval(logs, seed)
     flags = _few(logs)
     if (math.exp(hi) - math.exp(lo)) / 2 > limit_rel * math.exp(value):
         flags = (*flags, "imprecise")
     return Estimate(math.exp(value), math.exp(lo), math.exp(hi), len(logs), flags)
+
+
+def by_round(values: Floats) -> Floats:
+    """[rounds] from [rounds, turns]: the median turn."""
+    return values if values.ndim == 1 else np.asarray(np.median(values, axis=1))
 
 
 def _broken(values: Floats) -> str:
@@ -226,13 +233,14 @@ def _few(values: Floats) -> tuple[str, ...]:
 
 
 def mad(values: Floats) -> float:
-    """Median absolute deviation from the median, in the unit of the values."""
+    """Median absolute deviation of the rounds from their median, in the unit of the values."""
+    values = by_round(values)
     return float(np.median(np.abs(values - np.median(values))))
 
 
 def p_value(above: Floats, below: Floats) -> float:
     """Two-sided Wilcoxon signed-rank test that the paired log-ratios lie about 0."""
-    logs = np.log(above) - np.log(below)
+    logs = by_round(np.log(above) - np.log(below))
     if len(logs) < 2 or not bool(logs.any()):
         return 1.0
     return float(wilcoxon(logs, zero_method="zsplit").pvalue)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from hwprune.meter.energy_window import FLAGS, Chunk, EnergyWindow
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.rounds import Ledger, Limits, of_ratio, orders
 from hwprune.meter.source import EnergySource
-from hwprune.meter.timing import Block, Timer
+from hwprune.meter.timing import SLICES, Block, Timer
 from hwprune.meter.validity import RoundWatch
 
 Progress = Callable[[str, int, int], None]  # (step, done, total)
@@ -76,26 +76,37 @@ def latency_rounds(
     """
     found = Rounds()
 
-    def round_of(order: Sequence[Arm]) -> str:
-        blocks: dict[str, Block] = {}
+    turns = 1
+    if timer.device.type != "cuda":
+        turns = max(1, min([SLICES, *(arm.calls for arm in arms)]))
+
+    def round_of(order: Iterator[Sequence[Arm]]) -> None:
+        slices: dict[str, list[Block]] = {}
         watch.begin()
-        for arm in order:
-            try:
-                blocks[arm.name] = timer.block(arm.call, arm.calls)
-            except (
-                Exception
-            ) as error:  # of a kernel, an allocation: the other arms are worth having
-                _drop(arm, error, found)
-            watch.block()
+        for _ in range(turns):
+            for arm in next(order):
+                if arm.error:
+                    continue
+                try:
+                    block = timer.block(arm.call, max(1, arm.calls // turns))
+                except (
+                    Exception
+                ) as error:  # of a kernel, an allocation: the others are worth having
+                    _drop(arm, error, found)
+                    slices.pop(arm.name, None)
+                else:
+                    slices.setdefault(arm.name, []).append(block)
+                watch.block()
         reason = watch.verdict()
-        if reason or not blocks:
+        if reason or not slices:
             found.ledger.discard(reason or "no arm was left")
-            return reason
-        per_call = {arm.name: arm.runnable.per_call for arm in order if arm.runnable is not None}
-        found.ledger.keep({name: b.median_s / per_call[name] for name, b in blocks.items()})
-        for name, block in blocks.items():
-            found.blocks.setdefault(name, []).append(block)
-        return ""
+            return
+        per_call = {arm.name: arm.runnable.per_call for arm in arms if arm.runnable is not None}
+        found.ledger.keep(
+            {name: [b.median_s / per_call[name] for b in parts] for name, parts in slices.items()}
+        )
+        for name, parts in slices.items():
+            found.blocks.setdefault(name, []).append(Block.joined(parts))
 
     _run(found, arms, limits, reference, seed, clock, "latency", progress, round_of)
     return found
@@ -134,10 +145,10 @@ def energy_rounds(
         return found
     failures = 0
 
-    def round_of(order: Sequence[Arm]) -> str:
+    def round_of(order: Iterator[Sequence[Arm]]) -> None:
         nonlocal failures
         windows: dict[str, EnergyWindow] = {}
-        for arm in order:
+        for arm in next(order):
             run_chunk, drain = chunks(arm, device)
             try:
                 window = energy_of(source, run_chunk, drain)
@@ -149,23 +160,22 @@ def energy_rounds(
                 if failures >= _FAILURES:
                     found.unavailable = window.reason
                 found.ledger.discard(window.reason)
-                return window.reason
+                return
             failures = 0
             if window.status == "discard":
                 reason = next((FLAGS[f] for f in window.flags if f in FLAGS), "the window is void")
                 found.ledger.discard(reason)
-                return reason
+                return
             windows[arm.name] = window
-        per_call = {arm.name: arm.runnable.per_call for arm in order if arm.runnable is not None}
+        per_call = {arm.name: arm.runnable.per_call for arm in arms if arm.runnable is not None}
         found.ledger.keep(
             {
-                name: window.energy_per_iteration_j / per_call[name] / images
+                name: [window.energy_per_iteration_j / per_call[name] / images]
                 for name, window in windows.items()
             }
         )
         for name, window in windows.items():
             found.windows.setdefault(name, []).append(window)
-        return ""
 
     _run(found, arms, limits, reference, seed, clock, "energy", progress, round_of)
     return found
@@ -187,18 +197,23 @@ def _run(
     clock: Clock,
     step: str,
     progress: Progress | None,
-    round_of: Callable[[Sequence[Arm]], str],
+    round_of: Callable[[Iterator[Sequence[Arm]]], None],
 ) -> None:
     """Rounds in random order until the ratios are tight, the rounds or the time are used up."""
     looks = set(limits.looks())
     start_ns = clock.now_ns()
     by_name = {arm.name: arm for arm in arms}
-    for count, order in enumerate(orders(list(by_name), seed), 1):
-        now = [by_name[name] for name in order if not by_name[name].error]
-        if not now or found.unavailable:
+
+    def permuted() -> Iterator[Sequence[Arm]]:
+        for names in orders(list(by_name), seed):
+            yield [by_name[name] for name in names if not by_name[name].error]
+
+    order = permuted()
+    for count in itertools.count(1):
+        if found.unavailable or all(arm.error for arm in arms):
             break
         gc.collect()
-        round_of(now)
+        round_of(order)
         if progress is not None:
             progress(step, count, limits.most)
         kept = found.ledger.kept

@@ -17,6 +17,7 @@ FLAGS = {
     "no_cross_check": "the board has one sensor only, so nothing confirms it",
     "integrated_power": "no energy counter: power readings were added up",
     "aliasing_risk": "an iteration is longer than 5 ms, and the sensor may look a quarter of the time only",
+    "unstable_idle": "idle power moved by more than 3 %, so somebody may use the device",
     "low_power": "so little power that the sensor's offset may matter; use a larger batch",
     "host_gaps": "the device waited for the host; its energy in the gaps is counted",
     "module_scope": "the counter covers the whole module: GPU, CPU and memory",

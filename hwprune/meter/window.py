@@ -29,6 +29,7 @@ SETTLE_S = 15.0  # then it is measured as it is, and flagged
 AGREE_REL = 0.05  # counter and power sensors of one board
 # A sensor that looks 25 of every 100 ms errs by 16 % at a period of 20 ms, by less than 1 % at 5 ms.
 _SAFE_PERIOD_S = 0.005
+_FEWEST_CHUNKS = 4  # of which at least two finish, with two queued
 _LOW_POWER_W, _LOW_SHARE_OF_CAP = 100.0, 0.25  # below, a sensor's offset is 2 to 15 % of it
 _WALL_STEP_NS = 1_000_000
 
@@ -103,6 +104,38 @@ def energy_of(
     if abs(run.clock.wall_ns() - run.clock.now_ns() - wall_ns) > _WALL_STEP_NS:
         flags.append("clock_step")
     return _assess(run, caps, ends, flags, idle_w)
+
+
+def time_per_call(
+    run_chunk: Callable[[], Chunk],
+    drain: Callable[[], None],
+    seconds: float,
+    *,
+    clock: Clock | None = None,
+) -> float:
+    """Seconds an iteration over at least so many seconds: what is left to tell where there is no sensor.
+
+    Raises:
+        ValueError: nothing finished.
+    """
+    clock = clock or RealClock()
+    first_ns = last_ns = (
+        None  # of the chunks that finished: what is still queued at the end does not count
+    )
+    start_ns, done = clock.now_ns(), 0
+    chunks = 0
+    while clock.now_ns() - start_ns < seconds * 1e9 or (done == 0 and chunks < _FEWEST_CHUNKS):
+        iterations, chunks = run_chunk().iterations, chunks + 1
+        if iterations and first_ns is None:
+            first_ns = clock.now_ns()
+        elif iterations:
+            last_ns, done = clock.now_ns(), done + iterations
+    drain()
+    if first_ns is None or last_ns is None:
+        raise ValueError(
+            f"expected run_chunk to finish work within {seconds} s, got {done} iterations"
+        )
+    return (last_ns - first_ns) / 1e9 / done
 
 
 def _refuse(caps: Capabilities, min_window_s: float) -> Unavailable | None:

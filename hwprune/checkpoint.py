@@ -19,6 +19,14 @@ from torch import Tensor, nn
 from hwprune import shards
 from hwprune.atomic import replace_folder
 from hwprune.card import model_card
+from hwprune.denoiser_checkpoint import (
+    is_denoiser,
+    is_pipeline,
+    load_denoiser,
+    load_pipeline,
+    save_denoiser,
+    save_pipeline,
+)
 from hwprune.densify import dense_state
 from hwprune.families import timm_vit
 from hwprune.layers import BlockSparseLinear, ConstantBranch, SlimAttention
@@ -79,9 +87,11 @@ def save(
     """Write a model as a folder that `load`, and timm, open again bit for bit.
 
     Args:
-        model: pruned by `hwprune.prune`, or a dense model from `timm.create_model`; unchanged.
+        model: pruned by `hwprune.prune`, or a dense model from `timm.create_model`; a denoiser of
+            diffusers, pruned or not; or a whole pipeline of diffusers. Unchanged.
         folder: opens with `load(folder)` and, after `import hwprune`, with
-            `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+            `timm.create_model("local-dir:FOLDER", pretrained=True)`, or with diffusers' own
+            `from_pretrained(folder)`.
         format: "pruned" keeps the small layers; "dense" has the original shapes with zeros where
             something was removed, and opens with timm where there is no hwprune.
         force: replace a folder written by hwprune before; it survives until the new one is complete.
@@ -98,6 +108,16 @@ def save(
     """
     if format not in ("pruned", "dense"):
         raise ValueError(f"format: expected 'pruned' or 'dense', got {format!r}")
+    if is_denoiser(model) or is_pipeline(model):
+        if format == "dense":
+            raise ValueError("format='dense' is for timm models; save a diffusion model as it is")
+        if is_pipeline(model):
+            save_pipeline(model, Path(folder), force=force)
+        else:
+            save_denoiser(
+                model, Path(folder), force=force, card=card, max_shard_bytes=max_shard_bytes
+            )
+        return
     spec = _spec_of(model)
     state: Mapping[str, Tensor] = model.state_dict()
     widened = format == "dense" and bool(spec["shape"])
@@ -144,20 +164,25 @@ def save(
 def load(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Open a folder written by `save`, in either format.
+    """Open a folder written by `save`, in either format, or by diffusers' `save_pretrained`.
 
     Args:
-        folder: the folder.
+        folder: the folder; one with `model_index.json` is a pipeline.
         device: where the model shall be.
         dtype: of its floating-point tensors; None = as saved.
 
     Returns:
-        The model in eval mode, with `hwprune_spec`.
+        The model in eval mode, with `hwprune_spec`; a pipeline for a pipeline's folder.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, mixed from two models, of another
             version, or asks for something no model of ours has.
     """
+    if (Path(folder) / "model_index.json").is_file():
+        pipeline: nn.Module = load_pipeline(Path(folder), device, dtype)
+        return pipeline
+    if _is_diffusers(Path(folder)):
+        return load_denoiser(Path(folder), device, dtype)
     found = read_folder(folder)
     model = empty_model(found)
     fill_(model, found, shards.read_tensors(found.stored))
@@ -345,6 +370,11 @@ def _difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     names = [name for name in expected if expected[name] != given[name]]
     first = names[0]
     return f"{first}: expected {expected[first]}, got {given[first]} ({len(names)} such)"
+
+
+def _is_diffusers(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and "_class_name" in shards.read_json(path)
 
 
 def _is_ours(name: str) -> bool:

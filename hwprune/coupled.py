@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune.layers import ConstantBranch
+from hwprune.pruned_config import check_names_stand, note_shape
 from hwprune.residues import ConstantAttention, ConstantMap
 from hwprune.units import (
     AnyLayer,
@@ -139,9 +140,10 @@ def realise_coupled_(
         dense model.
 
     Raises:
-        ValueError: the mask does not fit, or keeps everything.
+        ValueError: the mask does not fit, or keeps everything; blocks were removed before.
     """
     check_mask(units, mask)
+    check_names_stand(model)
     mask = {**full_mask(units), **mask}
     cuts: list[tuple[CoupledLayer, Tensor]] = []
     gone: list[ResidualBlock] = []
@@ -159,8 +161,12 @@ def realise_coupled_(
     cuts = [(layer, grid) for layer, grid in cuts if not _inside(layer.name, names)]
     _cut_(model, cuts)
     _remove_(model, names)
-    shape = {layer.name: {"type": "units", "kept": int(grid.sum())} for layer, grid in cuts}
-    return {**shape, **{name: {"type": "removed"} for name in names}}
+    shape: dict[str, dict[str, Any]] = {
+        layer.name: {"type": "units", "kept": int(grid.sum())} for layer, grid in cuts
+    }
+    shape |= {name: {"type": "removed"} for name in names}
+    note_shape(model, shape)
+    return shape
 
 
 def reshape_coupled_(
@@ -186,11 +192,11 @@ def reshape_coupled_(
             raise ValueError(
                 f"{name}: expected kept of 0 to {layer.count - 1} {layer.kind}s, got {kept!r}"
             )
-        cuts.append((layer, torch.arange(layer.count) < kept))
+        cuts.append((layer, torch.arange(layer.count, device="cpu") < kept))
     inside = next((layer.name for layer, _ in cuts if _inside(layer.name, names)), None)
     if inside is not None:
         raise ValueError(f"{inside}: the file's shape cuts a layer of a block it removes")
-    _cut_(model, cuts)
+    _cut_(model, cuts, blank=True)
     _remove_(model, names)
 
 
@@ -199,8 +205,13 @@ def _inside(name: str, blocks: Iterable[str]) -> bool:
 
 
 @torch.no_grad()
-def _cut_(model: nn.Module, cuts: Sequence[tuple[CoupledLayer, Tensor]]) -> None:
-    """Narrow every linear the cuts touch, once, and replace modules with nothing left."""
+def _cut_(
+    model: nn.Module, cuts: Sequence[tuple[CoupledLayer, Tensor]], *, blank: bool = False
+) -> None:
+    """Narrow every linear the cuts touch, once, and replace modules with nothing left.
+
+    `blank` leaves the narrowed weights unset: memory nobody has written to costs nothing yet.
+    """
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
     for layer, keep in cuts:
@@ -217,11 +228,11 @@ def _cut_(model: nn.Module, cuts: Sequence[tuple[CoupledLayer, Tensor]]) -> None
     for name in {**rows, **columns}:
         module = _found(model, name)
         if module is not None:
-            _narrow_(module, rows.get(name), columns.get(name))
+            _narrow_(module, rows.get(name), columns.get(name), blank)
 
 
 def _and(lines: dict[str, Tensor], run: Rows | Columns, keep: Tensor, size: int) -> None:
-    line = lines.setdefault(run.linear, torch.ones(size, dtype=torch.bool))
+    line = lines.setdefault(run.linear, torch.ones(size, dtype=torch.bool, device="cpu"))
     line[run.start : run.start + run.count] &= keep
 
 
@@ -233,19 +244,27 @@ def _found(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d | None:
         return None
 
 
-def _narrow_(module: nn.Linear | nn.Conv2d, rows: Tensor | None, columns: Tensor | None) -> None:
+def _narrow_(
+    module: nn.Linear | nn.Conv2d, rows: Tensor | None, columns: Tensor | None, blank: bool
+) -> None:
     """Keep some rows and columns of a linear, pointwise or depthwise convolution, in place."""
-    weight, bias, trained = module.weight, module.bias, module.weight.requires_grad
-    if rows is not None:
-        kept = rows.nonzero()[:, 0].to(weight.device)  # indices: their number is known on meta too
-        weight = weight[kept]
-        bias = bias[kept] if bias is not None else None
+    weight, bias, trained = module.weight.detach(), module.bias, module.weight.requires_grad
+    bias = bias.detach() if bias is not None else None
     depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-    if columns is not None:
-        weight = weight[:, columns.nonzero()[:, 0].to(weight.device)]
-    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=trained)
+    if blank:
+        high = int(rows.sum()) if rows is not None else weight.shape[0]
+        wide = int(columns.sum()) if columns is not None else weight.shape[1]
+        weight = weight.new_empty((high, wide, *weight.shape[2:]))
+        bias = bias.new_empty(high) if bias is not None else None
+    else:
+        if rows is not None:
+            weight = weight[rows.to(weight.device)]
+            bias = bias[rows.to(weight.device)] if bias is not None else None
+        weight = weight[:, columns.to(weight.device)] if columns is not None else weight
+        weight, bias = weight.clone(), bias.clone() if bias is not None else None
+    module.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained)
+        module.bias = nn.Parameter(bias, requires_grad=trained)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     else:

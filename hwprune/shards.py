@@ -1,7 +1,8 @@
 """Tensors in one safetensors file or in several: the spec in each header, read with care.
 
 Layout as Hugging Face libraries use it: `model.safetensors`, or `model-00001-of-0000N.safetensors`
-with `model.safetensors.index.json`. Nothing else is ever opened, pickle files least of all.
+with `model.safetensors.index.json`; diffusers says `diffusion_pytorch_model` for `model`. Nothing else is
+ever opened, pickle files least of all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch import Tensor
 from hwprune.spec import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"(?:diffusion_pytorch_)?model-\d{5}-of-\d{5}\.safetensors")
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _JSON_LIMIT_BYTES = 64 << 20  # a spec of a thousand layers is 100 kB
 
@@ -91,6 +93,7 @@ def write(
     folder: Path,
     metadata: Mapping[str, str],
     max_shard_bytes: int | None,
+    stem: str = "model",
 ) -> None:
     """Write tensors into a folder, in one file where they fit.
 
@@ -100,6 +103,7 @@ def write(
         metadata: goes into every header; text only.
         max_shard_bytes: tensor bytes of one file at most, where one tensor alone is not larger;
             None = one file whatever its size.
+        stem: what file names start with.
 
     Raises:
         OSError: the disk is full or refuses.
@@ -115,7 +119,7 @@ def write(
         size += tensor.nbytes
     header = {"format": "pt", **metadata}
     if len(parts) == 1:
-        _write_file(parts[0], folder / SINGLE, header)
+        _write_file(parts[0], folder / f"{stem}.safetensors", header)
         return
     if len(parts) > 99999:
         raise ValueError(
@@ -123,12 +127,13 @@ def write(
         )
     where: dict[str, str] = {}
     for i, part in enumerate(parts, 1):
-        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        file = f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors"
         _write_file(part, folder / file, header)
         where |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    path = folder / f"{stem}.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_file(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
@@ -143,17 +148,18 @@ def _write_file(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) 
         raise OSError(code, f"{os.strerror(code)} ({file.name})") from error
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+def _files(folder: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
     """The files to read, and what the index says lies where (None for a single file)."""
-    if (folder / SINGLE).exists():
-        if (folder / INDEX).exists():
-            raise CheckpointError(f"{folder}: has both {SINGLE} and {INDEX}; save the model again")
-        return [folder / SINGLE], None
-    if not (folder / INDEX).exists():
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    if (folder / single).exists():
+        if (folder / index).exists():
+            raise CheckpointError(f"{folder}: has both {single} and {index}; save the model again")
+        return [folder / single], None
+    if not (folder / index).exists():
         others = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         pickle = f"; {others[0]} is a pickle, which is never opened" if others else ""
-        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}{pickle}; save the model again")
-    where = _read_index(folder / INDEX)
+        raise CheckpointError(f"{folder}: no {single} and no {index}{pickle}; save the model again")
+    where = _read_index(folder / index)
     return [folder / file for file in sorted(set(where.values()))], where
 
 
@@ -180,13 +186,15 @@ def index_files(path: Path) -> list[str]:
     return sorted(set(_read_index(path).values()))
 
 
-def read_headers(folder: Path) -> tuple[dict[str, Stored], list[dict[str, str]]]:
+def read_headers(
+    folder: Path, stem: str = "model"
+) -> tuple[dict[str, Stored], list[dict[str, str]]]:
     """Which tensors a folder holds, without reading them, and the metadata of each file.
 
     Raises:
         CheckpointError: a file is missing, cut short or no safetensors, or the index is wrong.
     """
-    files, where = _files(folder)
+    files, where = _files(folder, stem)
     found: dict[str, Stored] = {}
     headers: list[dict[str, str]] = []
     for file in files:
@@ -205,7 +213,7 @@ def read_headers(folder: Path) -> tuple[dict[str, Stored], list[dict[str, str]]]
     missing = sorted(set(where or ()) - set(found))
     if missing:
         raise CheckpointError(
-            f"{folder / INDEX}: {missing[0]!r} is in no file; save the model again"
+            f"{folder / f'{stem}.safetensors.index.json'}: {missing[0]!r} is in no file; save the model again"
         )
     return found, headers
 

@@ -11,7 +11,17 @@ from hwprune.spec import CheckpointError
 
 _TRAINING_ONLY = ("Dropout", "DropPath", "PatchDropout", "Identity")  # no part of the function
 # What decides a module's function beside its weights and what it prints of itself.
-_TOLD = ("num_heads", "head_dim", "scale", "num_prefix_tokens", "rotate_half", "global_pool")
+_TOLD = (
+    *(
+        "num_heads",
+        "head_dim",
+        "scale",
+        "num_prefix_tokens",
+        "rotate_half",
+        "global_pool",
+    ),  # timm's
+    *("heads", "inner_dim", "inner_kv_dim", "mlp_hidden_dim"),  # diffusers'
+)
 
 
 def check_tensors(again: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -50,7 +60,7 @@ def check_structure(again: nn.Module, model: nn.Module) -> None:
         if before.get(name) != after.get(name):
             raise CheckpointError(
                 f"{name or 'the model'} is {before.get(name)} here, but {after.get(name)} when built "
-                "by its timm name and arguments: it was changed after timm.create_model in a way a "
+                "by its name and arguments: it was changed after it was created in a way a "
                 "file cannot say; create it with that change as an argument"
             )
     live, stored = dict(model.named_buffers()), set(model.state_dict())

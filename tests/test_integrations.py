@@ -246,9 +246,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[
     (tmp_path / "afterwards.py").write_text("")
     calls: list[str] = []
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(lazy, "_WATCHED", "standin.models")
-    monkeypatch.setattr(lazy, "_register", lambda: calls.append("registered"))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    hook = ("standin.models", lambda: calls.append("registered"))
+    monkeypatch.setattr(lazy, "_HOOKS", (hook,))
+    others = [finder for finder in sys.meta_path if not lazy._is_ours(finder)]
+    monkeypatch.setattr(sys, "meta_path", others)
     yield package, calls
     for name in [n for n in sys.modules if n.split(".")[0] in ("standin", "afterwards")]:
         del sys.modules[name]

@@ -21,6 +21,11 @@ _REFUSED = dict.fromkeys(
 )
 
 
+def known_classes() -> tuple[str, ...]:
+    """Names of the classes some family knows."""
+    return tuple(name for family in _FAMILIES for name in family.CLASSES)
+
+
 def family_of(model: nn.Module) -> ModuleType:
     """The module of `hwprune.families` that knows this class.
 
@@ -33,8 +38,9 @@ def family_of(model: nn.Module) -> ModuleType:
             return family
     if name in _REFUSED:
         raise ValueError(f"{name} cannot be pruned exactly: {_REFUSED[name]}")
-    known = ", ".join(c for family in _FAMILIES for c in family.CLASSES)
-    raise ValueError(f"{name} is no denoiser hwprune can cut; expected one of {known}")
+    raise ValueError(
+        f"{name} is no denoiser hwprune can cut; expected one of {', '.join(known_classes())}"
+    )
 
 
 def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:

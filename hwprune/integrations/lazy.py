@@ -1,7 +1,7 @@
-"""Register with timm when timm is imported, whoever imports it, without importing it ourselves.
+"""Register with timm and diffusers when they are imported, whoever imports them, importing neither.
 
-Until then one finder waits at the front of `sys.meta_path`. It wraps the loading of `timm.models` alone,
-and is gone once that has run. Where timm is never imported, or absent, nothing happens.
+Until then one finder for each waits at the front of `sys.meta_path`. It wraps the loading of one module
+alone, and is gone once that has run. Where the package is never imported, or absent, nothing happens.
 """
 
 from __future__ import annotations
@@ -12,47 +12,69 @@ import importlib.machinery
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-_WATCHED = "timm.models"  # timm's registry is complete when this module has run
 _lock = threading.Lock()
 
 
-def install() -> None:
-    """Register our builder with timm: now if timm is imported, else right after it is.
+def _register_timm() -> None:
+    from hwprune.integrations.timm_registry import register
 
-    Safe to call again, from several threads, with timm absent, and while timm is being imported.
+    register()
+
+
+def _register_diffusers() -> None:
+    from hwprune.integrations.diffusers_models import register
+
+    register()
+
+
+# The module after which a package can be registered with, and how.
+_HOOKS: tuple[tuple[str, Callable[[], None]], ...] = (
+    ("timm.models", _register_timm),
+    ("diffusers.models.modeling_utils", _register_diffusers),
+)
+
+
+def install() -> None:
+    """Register with each package: now if it is imported, else right after it is.
+
+    Safe to call again, from several threads, with a package absent, and while it is being imported.
     """
-    if _WATCHED in sys.modules and not _ready():
+    for watched, register in _HOOKS:
+        _install(watched, register)
+
+
+def _install(watched: str, register: Callable[[], None]) -> None:
+    if watched in sys.modules and not _ready(watched):
         importlib.import_module(
-            _WATCHED
+            watched
         )  # waits where another thread is at it; else returns at once
     with _lock:
-        if not _ready():
-            if not any(map(_is_ours, sys.meta_path)):
-                sys.meta_path.insert(0, _Finder())
+        if not _ready(watched):
+            if not any(_waits_for(finder, watched) for finder in sys.meta_path):
+                sys.meta_path.insert(0, _Finder(watched, register))
             return
-    _register()
+    _register(watched, register)
 
 
-def _ready() -> bool:
-    """Whether timm.models has run to its end."""
-    module = sys.modules.get(_WATCHED)
+def _ready(watched: str) -> bool:
+    """Whether the module has run to its end."""
+    module = sys.modules.get(watched)
     spec = getattr(module, "__spec__", None)
     return module is not None and not getattr(spec, "_initializing", False)
 
 
-def _register() -> None:
+def _register(watched: str, register: Callable[[], None]) -> None:
     try:
-        from hwprune.integrations.timm_registry import register
-
         register()
     except (
         Exception
-    ) as error:  # an odd timm must import all the same; hwprune.load does not need this
-        warnings.warn(f"hwprune could not register with timm: {error!r}", stacklevel=2)
+    ) as error:  # an odd version must import all the same; hwprune.load needs none of this
+        package = watched.partition(".")[0]
+        warnings.warn(f"hwprune could not register with {package}: {error!r}", stacklevel=2)
 
 
 def _is_ours(finder: object) -> bool:
@@ -60,30 +82,38 @@ def _is_ours(finder: object) -> bool:
     return (type(finder).__module__, type(finder).__name__) == (__name__, _Finder.__name__)
 
 
-def _remove() -> None:
+def _waits_for(finder: object, watched: str) -> bool:
+    return _is_ours(finder) and getattr(finder, "watched", None) == watched
+
+
+def _remove(watched: str) -> None:
     # A new list, not `remove`: another thread may be walking the old one, and would skip a finder.
     with _lock:
-        sys.meta_path = [finder for finder in sys.meta_path if not _is_ours(finder)]
+        sys.meta_path = [finder for finder in sys.meta_path if not _waits_for(finder, watched)]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds timm.models as the other finders do, and puts `_Loader` around its loader."""
+    """Finds one module as the other finders do, and puts `_Loader` around its loader."""
+
+    def __init__(self, watched: str, register: Callable[[], None]) -> None:
+        """Wait for `watched`, then call `register`."""
+        self.watched, self.register = watched, register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if fullname != _WATCHED:
-            if _ready():  # timm was half imported when we came, and is complete now
-                _remove()
-                _register()
+        if fullname != self.watched:
+            if _ready(self.watched):  # it was half imported when we came, and is complete now
+                _remove(self.watched)
+                _register(self.watched, self.register)
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
             spec: importlib.machinery.ModuleSpec | None = find and find(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = _Loader(spec.loader, self)
                 return spec
         return None
 
@@ -91,9 +121,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _Loader(importlib.abc.Loader):
     """Loads a module by its own loader, which it then leaves in place, and registers."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        """Wrap `loader`."""
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+        """Wrap `loader` for the finder that waited."""
+        self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -108,5 +138,5 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _remove()
-        _register()
+        _remove(self._finder.watched)
+        _register(self._finder.watched, self._finder.register)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hwprune.kernels.block_sparse.format import BlockSparseWeight
 from hwprune.layers import BlockSparseLinear
 
 FOLDER = Path(__file__).resolve().parent.parent / "kernels"
@@ -26,40 +28,46 @@ def opened(kernel: str) -> ModuleType:
     return importlib.import_module(f"hwprune.kernels.{kernel}")
 
 
-bsl = opened("block_sparse_linear")
+bsl, glu = opened("block_sparse_linear"), opened("block_sparse_glu")
 each_case = pytest.mark.parametrize("case", bsl.CASES, ids=str)
+ACTS = ("none", "gelu", "gelu_tanh", "silu")
+
+
+def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def tiles(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [T, K], weight [N, K], bias [N], keep [grid]: a case made concrete."""
     tokens, width, outputs, (rows, cols), density = case
     generator = torch.Generator().manual_seed(tokens + width)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
     grid = (-(-outputs // rows), -(-width // cols))
     keep = torch.rand(grid, generator=generator) < density
-    return draw(tokens, width), draw(outputs, width), draw(outputs), keep
+    sizes = ((tokens, width), (outputs, width), (outputs,))
+    x, weight, bias = (draw(generator, dtype, *size) for size in sizes)
+    return x, weight / width**0.5, bias, keep
 
 
-def arguments(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, object]:
+def linear_arguments(case: Case, dtype: torch.dtype, act: str) -> dict[str, Any]:
     """What block_sparse_linear and its reference take."""
     x, weight, bias, keep = tiles(case, dtype)
-    values, row_index, col_index = bsl.pack(weight, keep, case[3])
-    return {
-        "x": x,
-        "values": values,
-        "row_index": row_index,
-        "col_index": col_index,
-        "bias": bias,
-        "out_features": case[2],
-    }
+    residual = draw(torch.Generator().manual_seed(1), dtype, len(x), len(weight))
+    packed = BlockSparseWeight.from_dense(weight, keep, case[3])
+    return {"x": x, "weight": packed, "bias": bias, "residual": residual, "act": act}
 
 
-# parameter names of a reference -> how to make its arguments from one of its CASES
-MAKERS: dict[tuple[str, ...], Callable[[Case, torch.dtype], dict[str, object]]] = {
-    ("x", "values", "row_index", "col_index", "bias", "out_features"): arguments,
+def gated_arguments(case: Case, dtype: torch.dtype, act: str) -> dict[str, Any]:
+    """What block_sparse_glu and its reference take."""
+    given = linear_arguments(case, dtype, act)
+    value = given["weight"]
+    gate = replace(value, values=value.values.flip(0) / 2)
+    return given | {"weight": glu.stack(value, gate), "bias": torch.cat([given["bias"]] * 2) / 2}
+
+
+# a kernel -> how to make its arguments from one of its CASES
+MAKERS: dict[str, Callable[[Case, torch.dtype, str], dict[str, Any]]] = {
+    "block_sparse_linear": linear_arguments,
+    "block_sparse_glu": gated_arguments,
 }
 
 
@@ -69,8 +77,19 @@ def zeroed(weight: Tensor, keep: Tensor, block: tuple[int, int]) -> Tensor:
     return weight * keep[rows][:, cols]
 
 
-def test_there_are_kernels() -> None:
-    assert "block_sparse_linear" in KERNELS
+def widened(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments in float64."""
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+    return wide | {"weight": replace(given["weight"], values=given["weight"].values.double())}
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    """Relative error in the 2-norm."""
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-12))
+
+
+def test_there_are_kernels_and_each_has_a_maker() -> None:
+    assert set(KERNELS) == set(MAKERS), "give the new kernel a maker above"
 
 
 @each_kernel
@@ -81,111 +100,115 @@ def test_a_kernel_file_has_a_reference_an_op_of_its_name_and_cases(kernel: str) 
 
 
 @each_kernel
-def test_the_arguments_of_a_reference_are_ones_these_tests_can_make(kernel: str) -> None:
-    names = tuple(inspect.signature(opened(kernel).reference).parameters)
-    assert names in MAKERS, "give the new kind of kernel a maker above"
-
-
-@each_kernel
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_an_op_agrees_with_its_reference_on_all_cases(kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_an_op_errs_no_more_than_the_dense_computation(
+    kernel: str, dtype: torch.dtype, act: str
+) -> None:
     module = opened(kernel)
-    make = MAKERS[tuple(inspect.signature(module.reference).parameters)]
     for case in module.CASES:
-        out = getattr(module, kernel)(**make(case, dtype))
-        exact = module.reference(**make(case, torch.float64))
+        given = MAKERS[kernel](case, dtype, act)
+        out, exact = getattr(module, kernel)(**given), module.reference(**widened(given))
         assert out.dtype == dtype and out.shape == exact.shape
-        # Sums of up to K terms of size 1, inputs rounded once: eps times a few √K of them.
-        size = 4 * (case[1] ** 0.5 + 1) * torch.finfo(dtype).eps * 4
-        torch.testing.assert_close(out.double(), exact, rtol=size, atol=size)
+        dense = off(module.reference(**given), exact)
+        assert off(out, exact) <= 1.5 * dense + 2 * torch.finfo(dtype).eps
 
 
 @each_case
 @pytest.mark.parametrize("biased", [True, False])
 def test_tiles_multiply_as_the_dense_weight_with_zeros_does(case: Case, biased: bool) -> None:
     x, weight, bias, keep = tiles(case)
-    given = arguments(case) | {"bias": bias if biased else None}
-    expected = F.linear(x, zeroed(weight, keep, case[3]), bias if biased else None)
-    torch.testing.assert_close(bsl.block_sparse_linear(**given), expected, rtol=0, atol=1e-12)
+    packed = BlockSparseWeight.from_dense(weight, keep, case[3])
+    shift = bias if biased else None
+    expected = F.linear(x, zeroed(weight, keep, case[3]), shift)
+    found = bsl.block_sparse_linear(x, packed, shift)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-@each_case
-def test_gradients_are_those_of_the_dense_weight_with_zeros(case: Case) -> None:
-    x, weight, bias, keep = tiles(case)
-    given = arguments(case)
-    leaves = [given[n].requires_grad_() for n in ("x", "values", "bias")]  # type: ignore[attr-defined]
-    probe = torch.randn(case[0], case[2], dtype=torch.float64)
-    found = torch.autograd.grad((bsl.block_sparse_linear(**given) * probe).sum(), leaves)
-    dense = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    out = F.linear(dense[0], zeroed(dense[1], keep, case[3]), dense[2])
-    expected = torch.autograd.grad((out * probe).sum(), dense)
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-11)
-    tile_gradient = bsl.pack(expected[1], keep, case[3])[0]
-    torch.testing.assert_close(found[1], tile_gradient, rtol=0, atol=1e-11)
-    torch.testing.assert_close(found[2], expected[2], rtol=0, atol=1e-11)
+@each_kernel
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_those_of_the_dense_weight_with_zeros(
+    kernel: str, act: str, dtype: torch.dtype
+) -> None:
+    module = opened(kernel)
+    for case in module.CASES:
+        given = MAKERS[kernel](case, dtype, act)
+        probe = torch.randn(case[0], case[2], dtype=torch.float64)
+        grads = []
+        for call, args in (
+            (getattr(module, kernel), given),
+            (module.reference, widened(given)),
+        ):
+            leaves = [args["x"], args["weight"].values, args["bias"], args["residual"]]
+            leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+            weight = replace(args["weight"], values=leaves[1])
+            out = call(leaves[0], weight, leaves[2], leaves[3], act)
+            grads.append(torch.autograd.grad((out * probe.to(out.dtype)).sum(), leaves))
+        for found, exact in zip(*grads, strict=True):
+            assert off(found, exact) <= 50 * torch.finfo(dtype).eps
 
 
 def test_gradients_agree_with_finite_differences() -> None:
-    given = arguments((3, 7, 5, (2, 3), 0.6))
+    given = linear_arguments((3, 7, 5, (2, 4), 0.6), torch.float64, "gelu")
+    weight = given["weight"]
 
-    def op(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        return bsl.block_sparse_linear(**given | {"x": x, "values": values, "bias": bias})
+    def op(x: Tensor, values: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = bsl.block_sparse_linear(
+            x, replace(weight, values=values), bias, residual, "gelu"
+        )
+        return out
 
-    leaves = tuple(given[n].requires_grad_() for n in ("x", "values", "bias"))  # type: ignore[attr-defined]
-    assert torch.autograd.gradcheck(op, leaves)
+    leaves = (given["x"], weight.values, given["bias"], given["residual"])
+    assert torch.autograd.gradcheck(op, tuple(leaf.requires_grad_() for leaf in leaves))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @each_case
-def test_packing_and_unpacking_gives_the_kept_weights_bit_for_bit(case: Case) -> None:
-    _, weight, _, keep = tiles(case, torch.float32)
-    packed = bsl.pack(weight, keep, case[3])
-    assert torch.equal(bsl.unpack(*packed, tuple(weight.shape)), zeroed(weight, keep, case[3]))
-    assert len(packed[0]) == int(keep.sum())
+def test_nan_where_only_dropped_tiles_look_does_not_leak(case: Case, dtype: torch.dtype) -> None:
+    x, weight, bias, keep = tiles(case, dtype)
+    unread = ~keep.any(0).repeat_interleave(case[3][1])[: case[1]]
+    packed = BlockSparseWeight.from_dense(weight, keep, case[3])
+    expected = bsl.block_sparse_linear(x, packed, bias)
+    dirty = torch.where(unread, torch.tensor(float("nan"), dtype=dtype), x)
+    assert torch.equal(bsl.block_sparse_linear(dirty, packed, bias), expected)
+    # and a kept tile takes a NaN to its own rows only
+    if len(packed.values) > 1:
+        values = packed.values.clone()
+        values[0, 0, 0] = float("nan")
+        out = bsl.block_sparse_linear(x, replace(packed, values=values), bias)
+        row = int(packed.row_of()[0]) * case[3][0]
+        assert torch.isnan(out).any(0).nonzero()[:, 0].tolist() == [row]
 
 
-@each_case
-def test_stored_tiles_are_sorted_by_row_then_column(case: Case) -> None:
-    _, weight, _, keep = tiles(case)
-    _, row_index, col_index = bsl.pack(weight, keep, case[3])
-    places = list(zip(row_index.tolist(), col_index.tolist(), strict=True))
-    assert places == [tuple(p) for p in keep.nonzero().tolist()]
-    assert row_index.dtype == col_index.dtype == torch.int32
-
-
-@each_case
-def test_nan_in_a_dropped_tile_does_not_leak(case: Case) -> None:
-    x, weight, bias, keep = tiles(case)
-    expected = F.linear(x, zeroed(weight, keep, case[3]), bias)
-    kept_entries = zeroed(torch.ones_like(weight), keep, case[3]) > 0
-    values, row_index, col_index = bsl.pack(
-        torch.where(kept_entries, weight, float("nan")), keep, case[3]
-    )
-    out = bsl.block_sparse_linear(x, values, row_index, col_index, bias, case[2])
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-
-
-def test_nan_in_a_kept_tile_reaches_only_its_own_rows() -> None:
-    case = (4, 32, 48, (16, 16), 1.0)
-    given = arguments(case)
-    given["values"][2, 5, 0] = float("nan")  # type: ignore[index]  # tile row 1, its sixth row
-    bad = torch.isnan(bsl.block_sparse_linear(**given)).any(0)
-    assert bad.nonzero()[:, 0].tolist() == [16 + 5]
-
-
+@each_kernel
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 0), (1, 2, 3, 4)])
-def test_any_number_of_leading_dimensions_is_kept(lead: tuple[int, ...]) -> None:
-    case = (1, 20, 30, (8, 8), 0.5)
-    given = arguments(case) | {"x": torch.randn(*lead, 20, dtype=torch.float64)}
-    out = bsl.block_sparse_linear(**given)
+def test_any_number_of_leading_dimensions_is_kept(kernel: str, lead: tuple[int, ...]) -> None:
+    given = MAKERS[kernel]((1, 40, 30, (8, 8), 0.5), torch.float64, "gelu")
+    x, residual = torch.randn(*lead, 40).double(), torch.randn(*lead, 30).double()
+    given |= {"x": x, "residual": residual}
+    out = getattr(opened(kernel), kernel)(**given)
     assert out.shape == (*lead, 30)
-    torch.testing.assert_close(out, bsl.reference(**given), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, opened(kernel).reference(**given), rtol=0, atol=1e-12)
 
 
-def test_inputs_that_are_not_contiguous_give_the_same() -> None:
-    case = (12, 20, 30, (8, 8), 0.5)
-    given = arguments(case)
-    strided = given | {"x": given["x"].T.contiguous().T}  # type: ignore[attr-defined]
-    assert torch.equal(bsl.block_sparse_linear(**strided), bsl.block_sparse_linear(**given))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 150])
+def test_inputs_of_any_strides_give_the_same(dtype: torch.dtype, tokens: int) -> None:
+    given = linear_arguments((tokens, 66, 96, (32, 32), 0.5), dtype, "none")
+    expected = bsl.block_sparse_linear(**given)
+    x = given["x"]
+    wide = torch.full((tokens, 101), float("nan"), dtype=dtype)
+    wide[:, 7:73] = x
+    for view in (x.T.contiguous().T, wide[:, 7:73], x[:, None].expand(-1, 1, -1)[:, 0]):
+        found = bsl.block_sparse_linear(**given | {"x": view})
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    given = linear_arguments((197, 192, 576, (32, 32), 0.7), torch.float32, "gelu")
+    first = bsl.block_sparse_linear(**given)
+    assert all(torch.equal(bsl.block_sparse_linear(**given), first) for _ in range(3))
 
 
 def module(keep: Tensor, bias: bool = True) -> tuple[nn.Linear, BlockSparseLinear]:
@@ -220,8 +243,9 @@ def test_the_state_of_a_layer_is_its_tiles_their_places_and_the_bias() -> None:
     state = {name: tuple(t.shape) for name, t in sparse.state_dict().items()}
     assert state == {
         "values": (3, 32, 24),
-        "row_index": (3,),
-        "col_index": (3,),
+        "idx": (4,),
+        "crow": (4,),
+        "order": (3,),
         "bias": (70,),
     }
 

@@ -173,7 +173,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: BlockSparseWeight, processo
         BM=step,
         BN=bn,
         BK=bk,
-        STAGES=3,
+        STAGES=4,
         EVEN_N=outputs % bn == 0,
         EVEN_K=width % bk == 0,
         PRECISION=gpu_forward.precision(grad.dtype),

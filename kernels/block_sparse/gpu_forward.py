@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from hwprune.kernels.block_sparse.format import BlockSparseWeight
 from hwprune.kernels.block_sparse.tiles import Config
@@ -182,6 +183,8 @@ def launch(
         [M, N], dtype of x.
     """
     (bn, bk), (outputs, width) = weight.block, weight.shape
+    if width % 16:  # a mask that ends inside 16 bytes would undo the asynchronous copies
+        x, width = F.pad(x, (0, -width % 16)), width + -width % 16
     y = torch.empty((len(x), outputs), dtype=x.dtype, device=x.device)
     stored = len(weight.values) // (2 if gated else 1)
     tma = config.tma and describable(x, weight.block) and stored > 0

@@ -77,20 +77,28 @@ def _device(index: int | None) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def _on_triton(x: Tensor, block: tuple[int, int]) -> ModuleType | None:
+def _on_triton(x: Tensor, block: tuple[int, int], weights: int = 1) -> ModuleType | None:
     """The Triton kernels where they take this input."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and x.dtype != torch.bfloat16
     if not (x.is_cuda or (interpreted and x.device.type == "cpu")):
         return None
     if x.dtype not in _FLOATS or block[0] not in ROWS or block[1] not in COLUMNS:
         return None
+    capability = _device(x.device.index if x.is_cuda else None)[0]
+    if not tiles.fits(block, x.element_size(), capability, weights):
+        say_once(f"tiles of {block} in {x.dtype} do not fit this GPU: plain PyTorch runs them")
+        return None
     return _triton()
 
 
-def _config(x_MK: Tensor, rows: int, block: tuple[int, int], weights: int) -> tiles.Config:
+def _config(
+    x_MK: Tensor, rows: int, block: tuple[int, int], weights: int = 1, act: str = "none"
+) -> tiles.Config:
     capability, processors = _device(x_MK.device.index if x_MK.is_cuda else None)
     size = x_MK.element_size()
-    return tiles.choose(len(x_MK), rows, block, size, capability, processors, weights=weights)
+    return tiles.choose(
+        len(x_MK), rows, block, size, capability, processors, weights=weights, act=act
+    )
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -139,9 +147,10 @@ def block_sparse(
     more = None if residual is None else residual.reshape(-1, out_features).contiguous()
     if len(x_MK) == 0 or out_features == 0:
         return x.new_zeros(shape)
-    gpu = _on_triton(x_MK, weight.block)
+    weights = 2 if gated else 1
+    gpu = _on_triton(x_MK, weight.block, weights)
     if gpu is not None:
-        config = _config(x_MK, weight.grid[0], weight.block, 2 if gated else 1)
+        config = _config(x_MK, weight.grid[0], weight.block, weights, act)
         launch = gpu.gpu_forward.launch
         out: Tensor = launch(x_MK, weight, bias, more, act, config, gated=gated, count=count)
         return out.view(shape)
@@ -193,7 +202,7 @@ def input_gradient(
     gpu = _on_triton(grad_MN, (bn, bk))
     if gpu is None:
         return plain.input_gradient(grad_MN, weight).view(shape)
-    config = _config(grad_MN, weight.grid[1], (bk, bn), 1)
+    config = _config(grad_MN, weight.grid[1], (bk, bn))
     out: Tensor = gpu.input_gradient(grad_MN, weight, config)
     return out.view(shape)
 
@@ -333,7 +342,7 @@ def check_input(
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """All in autocast's dtype where it is on for x's device, as F.linear does; as they are otherwise."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

@@ -37,6 +37,14 @@ def shared_limit(capability: tuple[int, int]) -> int:
     return _SHARED.get(capability, 99) * 1024
 
 
+def fits(
+    block: tuple[int, int], itemsize: int, capability: tuple[int, int], weights: int = 1
+) -> bool:
+    """Whether one step of the smallest launch fits in shared memory (float32 128 x 128 may not)."""
+    needed = (16 + weights * block[0]) * block[1] * itemsize
+    return needed <= shared_limit(capability) - 2048
+
+
 def choose(
     tokens: int,
     rows: int,
@@ -46,6 +54,7 @@ def choose(
     processors: int,
     *,
     weights: int = 1,
+    act: str = "none",
     tma: bool | None = None,
 ) -> Config:
     """The launch for a product of `tokens` tokens by `rows` block-rows.
@@ -58,6 +67,7 @@ def choose(
         capability: of the device, e.g. (9, 0).
         processors: streaming multiprocessors.
         weights: 2 for a gated layer, which keeps two accumulators.
+        act: what is fused behind the product.
         tma: use tensor descriptors; by default where the hardware has them.
     """
     high, step = block
@@ -65,7 +75,8 @@ def choose(
     # 256 tokens a program halve what 64-row tiles read from L2; two accumulators leave room for 128. Not
     # past what fills the device twice, nor past the tokens there are.
     widest = (256 if itemsize == 2 and hopper else 128) // weights
-    if high >= 128 and not hopper:
+    if high >= 128 and (not hopper or act == "gelu"):
+        # erf over an accumulator of 256 x 128 needs more than 255 registers: 184 bytes are spilled on sm_90
         widest = min(widest, 128 // weights)
     side = 16
     while side < widest and side < tokens:
@@ -82,12 +93,15 @@ def choose(
         if (buffers >= 2 and side * high * 4 <= limit) or side <= 16:
             break
         side //= 2
-    warps = 8 if side * high * weights >= 128 * 128 else 4
+    # A step of 128 keeps twice the operands in registers where mma.sync reads them from there.
+    many = side * high * weights >= 128 * 128 or (step >= 128 and side >= 128 and not hopper)
+    warps = 8 if many else 4
     stages = max(1, buffers) + ahead
     return Config(
         tokens=side,
         warps=warps,
         stages=stages,
         tma=hopper if tma is None else tma,
-        swap=high <= 64 or side == 256,
+        # wgmma and tcgen05 want 64 rows on the left: weights have them, few tokens do not
+        swap=hopper or high <= 64,
     )

@@ -121,7 +121,6 @@ def measure(
         if other != device:
             raise ValueError(f"{name} is on {other}, the model on {device}; move it there")
     timer = make_timer(device, l2)
-    asked = [f for f in forwards.values() if isinstance(f, nn.Module)]
     arms = [Arm(n, _cast(f, dtype), equal.get(n)) for n, f in forwards.items()]
     clock = RealClock()
     source = open_source(device)
@@ -144,17 +143,16 @@ def measure(
         "flush_bytes": timer.flush.bytes if timer.flush is not None else None,
     }
     try:
-        with untouched(list({id(m): m for m in asked}.values()), device):
-            return compare(
-                arms,
-                prepared,
-                bench,
-                limits,
-                mode=mode,
-                energy=energy,
-                settings=settings,
-                progress=progress,
-            )
+        return compare(
+            arms,
+            prepared,
+            bench,
+            limits,
+            mode=mode,
+            energy=energy,
+            settings=settings,
+            progress=progress,
+        )
     finally:
         if not isinstance(source, Unavailable):
             source.close()

@@ -100,6 +100,8 @@ def prepare_inputs(
     if not tensors:
         raise ValueError("inputs: expected at least one tensor, got none")
     for tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError("inputs: a tensor on the meta device has no values; give real ones")
         if tensor.numel() == 0:
             raise ValueError(f"inputs: got an empty tensor of shape {tuple(tensor.shape)}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

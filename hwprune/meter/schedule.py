@@ -6,7 +6,6 @@ machine is discarded whole.
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -212,7 +211,6 @@ def _run(
     for count in itertools.count(1):
         if found.unavailable or all(arm.error for arm in arms):
             break
-        gc.collect()
         round_of(order)
         if progress is not None:
             progress(step, count, limits.most)

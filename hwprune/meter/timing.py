@@ -7,10 +7,12 @@ compared: where they differ the device waited.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -99,6 +101,18 @@ class Timer(Protocol):
         """Time `calls` calls in a row."""
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's garbage collector: it takes milliseconds of whichever call it falls into."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class CacheFlush:
     """Puts other data into the device's last-level cache, by reading and writing twice its size."""
 
@@ -148,14 +162,15 @@ class CpuTimer:
         times = np.empty(calls)
         used = 0
         start = wall_ns()
-        for i in range(calls):
-            if flush is not None:
-                flush()
-            cpu = cpu_ns()
-            begin = wall_ns()
-            call()
-            times[i] = (wall_ns() - begin) / 1e9
-            used += cpu_ns() - cpu
+        with _no_collection():
+            for i in range(calls):
+                if flush is not None:
+                    flush()
+                cpu = cpu_ns()
+                begin = wall_ns()
+                call()
+                times[i] = (wall_ns() - begin) / 1e9
+                used += cpu_ns() - cpu
         wall_s = (wall_ns() - start) / 1e9
         return Block(times, wall_s, None, used / 1e9, flush is not None)
 
@@ -169,7 +184,7 @@ class CudaTimer:
 
     def block(self, call: Call, calls: int) -> Block:
         """Time `calls` calls in a row; nothing waits between them."""
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), _no_collection():
             pairs = [
                 (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
                 for _ in range(calls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(modules: Sequence[nn.Module], device: torch.device) -> Iterator[dict[int, str]]:
-    """Eval mode, no gradients, no garbage collector inside; everything as before on exit.
+    """Eval mode and no gradients inside; everything as before on exit.
 
     Buffers that the forward writes are put back. Of parameters there is no copy: one that is written is
     named instead.
@@ -30,18 +29,13 @@ def untouched(modules: Sequence[nn.Module], device: torch.device) -> Iterator[di
     saved = [tensor.detach().clone() for tensor, _ in buffers]
     owners = [(id(m), name) for m in modules for name, _ in m.named_parameters()]
     parameters = _versions(p for module in modules for p in module.parameters())
-    collecting = gc.isenabled()
     gpus = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=gpus), torch.no_grad():
             for module in modules:
                 module.eval()
-            gc.collect()
-            gc.disable()  # a collection takes milliseconds, of whichever call it falls into
             yield written
     finally:
-        if collecting:
-            gc.enable()
         for part, training in modes:
             part.training = training
         with torch.no_grad():

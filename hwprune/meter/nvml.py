@@ -89,6 +89,11 @@ class NvmlSource:
         """Its handle and names, for calls beyond energy."""
         return self._board
 
+    @property
+    def nvml(self) -> Any:
+        """The binding, for the same."""
+        return self._nvml
+
     def read(self, state: bool = False) -> Reading:
         """One reading, by one `nvmlDeviceGetFieldValues`.
 

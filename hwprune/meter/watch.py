@@ -228,9 +228,9 @@ def plot(samples: Sequence[Sample], file: Path, title: str, cap_w: float | None 
             points = [(s.t_s, value) for s in samples if (value := get(s)) is not None]
             axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         if unit.startswith("power"):
-            axis.set_ylim(bottom=0)
             if cap_w is not None:
                 axis.axhline(cap_w, color="grey", linestyle=":", label="power limit")
+            axis.set_ylim(bottom=0)
         if len(axis.get_lines()) > 1:
             axis.legend(loc="lower right", fontsize="small")
         axis.set_ylabel(unit)

@@ -172,24 +172,23 @@ def resample(values: npt.NDArray[np.float64], seed: int, times: int = RESAMPLES)
     return np.asarray(values[chosen])
 
 
-def of_arm(values: Floats, seed: int = 0) -> Estimate | Unavailable:
+def of_arm(values: npt.ArrayLike, seed: int = 0) -> Estimate | Unavailable:
     """The median over rounds of a positive figure, with its interval.
 
     Args:
         values: of each kept round: [rounds], or [rounds, turns].
         seed: of the bootstrap.
     """
-    broken = _broken(values)
+    found = np.asarray(values, dtype=np.float64)
+    broken = _broken(found)
     if broken:
         return Unavailable(broken)
-    values = by_round(values)
-    return Estimate(
-        float(np.median(values)), *median_interval(values, seed), len(values), _few(values)
-    )
+    found = by_round(found)
+    return Estimate(float(np.median(found)), *median_interval(found, seed), len(found), _few(found))
 
 
 def of_ratio(
-    above: Floats, below: Floats, limit_rel: float, seed: int = 0
+    above: npt.ArrayLike, below: npt.ArrayLike, limit_rel: float, seed: int = 0
 ) -> Estimate | Unavailable:
     """The ratio of two arms, paired by round: exp of the median log-ratio, with its interval.
 
@@ -199,12 +198,13 @@ def of_ratio(
         limit_rel: the half-width asked for; a wider interval is flagged "imprecise".
         seed: of the bootstrap.
     """
-    if above.shape != below.shape:
-        return Unavailable(f"the arms ran in {above.shape} and {below.shape} rounds: no pairs")
-    broken = _broken(above) or _broken(below)
+    over, under = (np.asarray(arm, dtype=np.float64) for arm in (above, below))
+    if over.shape != under.shape:
+        return Unavailable(f"the arms ran in {over.shape} and {under.shape} rounds: no pairs")
+    broken = _broken(over) or _broken(under)
     if broken:
         return Unavailable(broken)
-    logs = by_round(np.log(above) - np.log(below))
+    logs = by_round(np.log(over) - np.log(under))
     value, (lo, hi) = float(np.median(logs)), median_interval(logs, seed)
     flags = _few(logs)
     if (math.exp(hi) - math.exp(lo)) / 2 > limit_rel * math.exp(value):

@@ -10,9 +10,11 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -114,29 +116,43 @@ def _prepare() -> frozenset[torch.dtype]:
 
 
 def _load() -> None:
-    """Load the compiled kernel, compiling it first where the cache has none."""
-    kept = cache_folder() / f"native-{_key()}.so"
-    if not kept.exists():
-        kept = _compile(kept)
-    torch.ops.load_library(str(kept))
+    """Load the compiled kernel, compiling it first where the cache has none that is whole.
+
+    A library's name carries the hash of its content: one that a full disk cut short would kill the
+    process (SIGBUS) when loaded.
+    """
+    key = _key()
+    for kept in sorted(cache_folder().glob(f"native-{key}-*.so")):
+        if kept.name == _named(key, kept):
+            torch.ops.load_library(str(kept))
+            return
+        _say(f"{kept} is damaged")
+        with suppress(OSError):
+            kept.unlink()
+    with tempfile.TemporaryDirectory(prefix="hwprune-") as folder:
+        built = _compile(Path(folder))
+        target = cache_folder() / _named(key, built)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_suffix(f".{os.getpid()}")
+            shutil.copyfile(built, temporary)
+            temporary.replace(target)
+        except OSError as error:
+            _say(f"it is not kept, so the next process compiles it again ({error})")
 
 
-def _compile(target: Path) -> Path:
-    """Compile in a folder of its own (a build that is killed leaves no lock behind), then move."""
+def _named(key: str, library: Path) -> str:
+    return f"native-{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _compile(folder: Path) -> Path:
+    """Compile and load, in a folder of its own: a build that is killed leaves no lock behind."""
     log = logging.getLogger("torch.utils.cpp_extension")
     level = log.level
-    log.setLevel(
-        logging.ERROR
-    )  # importing it says that there is no CUDA, which this kernel does not need
+    log.setLevel(logging.ERROR)  # importing it says that there is no CUDA, which is not needed
     from torch.utils import cpp_extension
 
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="build-", dir=target.parent)
-    except OSError:  # a home that cannot be written: compile for this process alone
-        folder = tempfile.mkdtemp(prefix="hwprune-")
-        target = Path(folder) / target.name
-    _say(f"compiling the CPU kernel, once, into {target.parent} (about 10 s)")
+    _say(f"compiling the CPU kernel, once, into {cache_folder()} (about 10 s)")
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])  # ninja's wheel
     try:
@@ -145,20 +161,14 @@ def _compile(target: Path) -> Path:
             sources=[str(SOURCE)],
             extra_cflags=list(_flags()),
             extra_ldflags=["-fopenmp"],
-            build_directory=folder,
+            build_directory=str(folder),
             is_python_module=False,
             with_cuda=False,
         )
     finally:
         os.environ["PATH"] = path
         log.setLevel(level)
-    built = Path(folder) / "hwprune_native.so"
-    built.replace(target)
-    if target.parent != Path(folder):
-        for left in Path(folder).iterdir():
-            left.unlink()
-        Path(folder).rmdir()
-    return target
+    return folder / "hwprune_native.so"
 
 
 def _right(dtype: torch.dtype) -> bool:

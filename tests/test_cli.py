@@ -346,6 +346,8 @@ def test_flags_are_the_agreed_ones() -> None:
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
         "--round-to --class-map --format --device --seed --no-repair --force --json",
         "eval": "--data --weights --class-map --batch --json",
+        "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
+        "--split --weights --against-weights --random-weights --seed --json",
         "inspect": "--json",
     }
     group = typer.main.get_command(app)

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes.compiled import WATTS, build_nvml
 
 pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed: pip install hwprune[power]")
-
-FAKES = Path(__file__).parent / "fakes"
-WATTS = 345.0
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a libnvidia-ml.so.1 built from tests/fakes/nvml.c."""
-    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("no C compiler here (or not Linux), so no library to put on the loader's path")
-    folder = tmp_path_factory.mktemp("nvml")
-    subprocess.run(
-        [
-            compiler,
-            "-shared",
-            "-fPIC",
-            "-O1",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            str(FAKES / "nvml.c"),
-            "-o",
-            str(folder / "libnvidia-ml.so.1"),
-        ],
-        check=True,
-    )
-    return folder
+    return build_nvml(tmp_path_factory.mktemp("nvml"))
 
 
 def run(library: Path, code: str, refresh_ms: float = 20) -> Any:

@@ -132,7 +132,9 @@ def _synchronise(device: object, source: EnergySource | Unavailable) -> None:
         return
     name = str(device)
     if name.startswith("cuda"):
-        torch.cuda.synchronize(name)
+        index = torch.device(name).index
+        if index is None or index < torch.cuda.device_count():  # else the reason says so
+            torch.cuda.synchronize(index)
         return
     identity = "" if isinstance(source, Unavailable) else source.caps.identity.lower()
     for index in range(torch.cuda.device_count()):

@@ -22,6 +22,9 @@ from hwprune.meter.ticks import (
 
 # Without a change in that time there is no counter; the slowest one seen refreshes every 0.1 s.
 PATIENCE_S = 1.0
+_NOTED_NS = (
+    1_000_000  # progress is noted no more often: chunks of microseconds would fill the memory
+)
 # A tick seen as closely as that is taken; else a better one is waited for, but not for long.
 _CLOSE_NS, _SECOND_LOOK_NS = 1.5e6, 0.35e9
 _BLOCK_S, _BLOCKS, _STEADY_REL, _STEADY_C_PER_S = 0.3, 5, 0.01, 0.5
@@ -45,13 +48,15 @@ class Run:
     """Work going on, with a recorder beside it.
 
     Attributes:
-        progress: after each chunk: time in ns, iterations so far, their device seconds (None: unknown).
+        progress: every ms or more: time in ns, iterations so far, their device seconds (None: unknown).
     """
 
     def __init__(self, source: EnergySource, run_chunk: Callable[[], Chunk], clock: Clock) -> None:
         self.clock = clock
         self.recorder = Recorder(source, clock)
         self.progress: list[tuple[int, int, float | None]] = []
+        self._done = 0
+        self._device_s: float | None = 0.0
         self._caps = source.caps
         self._run_chunk = run_chunk
 
@@ -59,11 +64,11 @@ class Run:
         """One chunk; returns the time after it."""
         chunk = self._run_chunk()
         now = self.clock.now_ns()
-        done, seconds = self.progress[-1][1:] if self.progress else (0, 0.0)
-        device_s = None
-        if seconds is not None and chunk.device_s is not None:
-            device_s = seconds + chunk.device_s
-        self.progress.append((now, done + chunk.iterations, device_s))
+        self._done += chunk.iterations
+        if self._device_s is not None:
+            self._device_s = None if chunk.device_s is None else self._device_s + chunk.device_s
+        if not self.progress or now - self.progress[-1][0] >= _NOTED_NS:
+            self.progress.append((now, self._done, self._device_s))
         return now
 
     def settle(self, ramp_s: float, settle_s: float) -> bool:
@@ -110,8 +115,12 @@ class Run:
         best: Tick | None = None
         self.recorder.watch(closely=True)
         try:
+            looked = 0
             while not self.recorder.fault and now - asked < PATIENCE_S * 1e9:
                 now = self.step()
+                if looked == len(self.recorder.readings):
+                    continue
+                looked = len(self.recorder.readings)
                 seen = [t for t in ticks(self.recorder.since(asked)) if t.t_ns > after_ns]
                 best = min(seen, key=lambda tick: tick.slack_ns, default=None)
                 if best and (best.slack_ns < _CLOSE_NS or now - asked > _SECOND_LOOK_NS):

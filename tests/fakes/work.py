@@ -22,7 +22,7 @@ def virtual_bench(patch: pytest.MonkeyPatch) -> VirtualClock:
     clock = VirtualClock()
 
     def make_timer(device: torch.device, l2: str = "hot") -> timing.CpuTimer:
-        return timing.CpuTimer(None, clock.now_ns, lambda: clock.now_ns() // 2)
+        return timing.CpuTimer(None, clock.now_ns, lambda: 2 * clock.now_ns())  # two threads
 
     patch.setattr(compare, "make_timer", make_timer)
     patch.setattr(compare, "RealClock", lambda: clock)

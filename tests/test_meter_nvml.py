@@ -162,6 +162,35 @@ def test_an_error_that_passes_is_outlived_where_it_may_be(
         assert found.average_power_w == pytest.approx(400, rel=1e-3) and found.status == "ok"
 
 
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_inside_any_block_gives_its_reason_and_its_time(rig: Rig, name: str) -> None:
+    rig.fail_from(1.0, name, what="call")
+    with hwprune.measure_energy("nvml:0", clock=rig.clock) as e:
+        rig.clock.sleep(2)
+    assert e.energy_j is None and e.average_power_w is None and e.uncertainty_rel is None
+    assert str(pynvml.NVMLError(code(name))) in e.reason
+    assert e.duration_s == pytest.approx(2, abs=0.01)
+    assert rig.library.users == 0 and not rig.clock.beside_count
+
+
+def test_a_block_that_forks_away_from_its_meter_says_so(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "libLoadLock", pynvml.libLoadLock)  # restored afterwards
+    with hwprune.measure_energy("nvml:0", clock=rig.clock) as e:
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert e.energy_j is None and "forked" in e.reason
+
+
+def test_a_broken_sensor_is_not_waited_for(rig: Rig) -> None:
+    source = rig.open()
+    rig.fail_from(0.2, "UNKNOWN", what="call")
+    start = rig.clock.now_ns()
+    assert isinstance(energy_of(source, rig.work, clock=rig.clock), Unavailable)
+    assert rig.clock.now_ns() - start < 4e9, "fifteen seconds of a GPU were wasted"
+    source.close()
+
+
 def test_a_power_of_zero_is_no_power(rig: Rig) -> None:
     source = rig.open()
     rig.truth.draw(0.0)

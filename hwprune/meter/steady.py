@@ -80,8 +80,9 @@ class Run:
             if now - start < ramp_s * 1e9 or now - checked < 1e8:
                 continue
             checked = now
-            if now - start >= settle_s * 1e9:
-                return False
+            recent = self.recorder.since(now - PATIENCE_S * 1e9)
+            if now - start >= settle_s * 1e9 or all(r.error for r in recent):
+                return False  # and what follows says what the matter is
             if self._steady(now):
                 return True
         return False

@@ -19,6 +19,6 @@ def build_nvml(folder: Path) -> Path:
     if compiler is None or not sys.platform.startswith("linux"):
         pytest.skip("no C compiler here (or not Linux), so no library to put on the loader's path")
     library = folder / "libnvidia-ml.so.1"
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra"]
     subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
     return folder

@@ -78,6 +78,13 @@ class Memoising(Work):
         return self.kept[key]
 
 
+class Writing(Work):
+    """Normalises its input in place: every call sees another one."""
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return super().forward(x_BI.sub_(1.0))
+
+
 class Words(Work):
     def forward(self, x_BI: Tensor) -> Any:
         return "a cat"
@@ -91,6 +98,7 @@ class Words(Work):
         (Wider, r"its output has the shapes [(8, 8)], that of model has [(8, 4)]"),
         (Remembering, "its output is the same for other inputs"),
         (Memoising, "it hands out the same tensor for the same input"),
+        (Writing, "it writes to its inputs"),
         (Words, "expected tensors as output, got str"),
     ],
 )
@@ -169,6 +177,38 @@ def test_an_output_that_changes_while_it_is_timed_is_flagged(
             return super().forward(x_BI) * (1.0 if self.calls < 60 else 0.5)
 
     assert "output_changed" in hwprune.measure(Decaying(clock, 0.02), x).model.flags
+
+
+def test_a_model_that_draws_noise_is_measured(clock: VirtualClock, x: Tensor) -> None:
+    class Noisy(Work):
+        def forward(self, x_BI: Tensor) -> Tensor:
+            return super().forward(x_BI) + torch.randn(len(x_BI), 4)
+
+    found = hwprune.measure(Noisy(clock, 0.02), x).model
+    assert not found.error and not found.flags
+
+
+def test_a_model_that_cannot_take_other_inputs_is_measured(clock: VirtualClock, x: Tensor) -> None:
+    class Picky(Work):
+        def forward(self, x_BI: Tensor) -> Tensor:
+            if not torch.equal(x_BI, x):
+                raise ValueError("unheard of")
+            return super().forward(x_BI)
+
+    found = hwprune.measure(Picky(clock, 0.02), x).model
+    assert not found.error and found.flags == ("inputs_not_varied",)
+
+
+def test_a_busy_machine_is_told(
+    clock: VirtualClock, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_cpu = lambda device, l2="hot": timing.CpuTimer(  # noqa: E731
+        None, clock.now_ns, lambda: clock.now_ns() // 2
+    )
+    monkeypatch.setattr(compare, "make_timer", slow_cpu)
+    found = hwprune.measure(Work(clock, 0.02), x)
+    assert found.model.flags == ("preempted",)
+    assert "other processes held the CPU" in str(found)
 
 
 def test_a_model_that_turns_gradients_on_is_flagged(clock: VirtualClock, x: Tensor) -> None:

@@ -66,6 +66,12 @@ def test_a_device_that_waits_for_the_host_is_seen() -> None:
     assert block([0.1, 0.1], 0.2, host_s=None).launch_share == 0
 
 
+def test_a_process_that_waited_for_a_core_is_seen() -> None:
+    waited = Block(np.asarray([0.1, 0.1]), 0.2, None, 0.1)
+    assert waited.ran_share == pytest.approx(0.5)
+    assert Block(waited.times_s, 0.2, 0.01, 0.001).ran_share == 1, "a GPU works meanwhile"
+
+
 def test_joined_blocks_add_up() -> None:
     found = Block.joined([block([1.0], 1.5, 0.5), block([2.0, 3.0], 5.5, 1.0)])
     assert list(found.times_s) == [1, 2, 3]
@@ -239,12 +245,12 @@ def test_a_graph_without_cuda_is_refused_with_the_reason() -> None:
 def test_short_calls_are_timed_several_at_once() -> None:
     calls = []
     once = modes.Runnable(lambda: calls.append(1))
-    longer = modes.lengthened(once, 1e-5, "eager", once.call, cold=False)
+    longer = modes.lengthened(once, 1e-5, "eager", once.call, CPU, cold=False)
     assert longer.per_call == 10
     longer.call()
     assert len(calls) == 10
-    assert modes.lengthened(once, 1e-5, "eager", once.call, cold=True) is once
-    assert modes.lengthened(once, 1e-3, "eager", once.call, cold=False) is once
+    assert modes.lengthened(once, 1e-5, "eager", once.call, CPU, cold=True) is once
+    assert modes.lengthened(once, 1e-3, "eager", once.call, CPU, cold=False) is once
 
 
 def test_compilations_of_torch_and_triton_are_counted() -> None:

@@ -23,6 +23,8 @@ from hwprune.meter.timing import Timer, calls_per_block, warm_up
 # Of the output's norm: two ways to sum up the same products. 1e-3 is what TF32 and 12 layers leave.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
+_SEED = 0  # of checked calls: a model that draws noise then gives the same output twice
+
 
 class ArmError(ValueError):
     """Why an arm is not measured."""
@@ -66,6 +68,11 @@ class Arm:
     def once(self, inputs: Inputs) -> Any:
         """One eager forward."""
         return self.forward(*inputs.args, **inputs.kwargs)
+
+    def seeded(self) -> Any:
+        """One call of the runnable, with the random numbers every checked call has."""
+        torch.manual_seed(_SEED)
+        return self.call()
 
     def fail(self, error: BaseException) -> None:
         """Leave it out from now on, with the reason."""
@@ -120,7 +127,14 @@ def check_outputs(arms: Sequence[Arm], inputs: Inputs) -> dict[str, list[Tensor]
     shapes: tuple[str, list[tuple[int, ...]]] | None = None
     for arm in arms:
         try:
-            found = [t.detach().clone() for t in _checked(arm.once(inputs), arm)]
+            torch.manual_seed(_SEED)
+            with inputs.guarded() as written:
+                found = [t.detach().clone() for t in _checked(arm.once(inputs), arm)]
+            if written:
+                raise ArmError(
+                    "it writes to its inputs, so every call would see other ones; measure a function that "
+                    "copies them first"
+                )
             now = [tuple(t.shape) for t in found]
             shapes = shapes or (arm.name, now)
             if now != shapes[1]:
@@ -201,11 +215,13 @@ def make_ready(
     try:
         with limits_that_fail(mode):
             arm.runnable = make_runnable(arm.forward, inputs, mode, timer.device)
-            _compare(_checked(arm.call(), arm), expected, f"in mode {mode} from the eager one")
+            _compare(_checked(arm.seeded(), arm), expected, f"in mode {mode} from the eager one")
             _refuse_cached(arm, inputs)
             arm.call_s, flags = warm_up(timer, arm.call, compilations)
             cold = timer.flush is not None
-            longer = lengthened(arm.runnable, arm.call_s, mode, lambda: arm.once(inputs), cold=cold)
+            longer = lengthened(
+                arm.runnable, arm.call_s, mode, lambda: arm.once(inputs), timer.device, cold=cold
+            )
             if longer is not arm.runnable:
                 arm.runnable = longer
                 arm.call_s, flags = warm_up(timer, arm.call, compilations)
@@ -224,14 +240,17 @@ def _refuse_cached(arm: Arm, inputs: Inputs) -> None:
     Raises:
         ArmError: it does not compute.
     """
-    first = _checked(arm.call(), arm)
+    first = _checked(arm.seeded(), arm)
     kept = [t.detach().clone() for t in first]
-    again = _checked(arm.call(), arm)
+    again = _checked(arm.seeded(), arm)
     with inputs.varied() as changed:
-        if not changed:
+        try:
+            other = tensors_in(arm.seeded()) if changed else []
+        except Exception:  # these values are ours: that it cannot take them is no fault of the arm
+            other = []
+        if not other:
             arm.flags.append("inputs_not_varied")
             return
-        other = tensors_in(arm.call())
         if all(torch.equal(a, b) for a, b in zip(other, kept, strict=True)):
             raise ArmError(
                 "its output is the same for other inputs: it is cached or constant, and timing it would time a "
@@ -251,7 +270,7 @@ def _places(tensors: Sequence[Tensor]) -> list[int]:
 def still_the_same(arm: Arm, expected: Sequence[Tensor]) -> None:
     """Flag an arm whose output is no longer that of before the timing."""
     try:
-        _compare(_checked(arm.call(), arm), expected, "from that before the timing")
+        _compare(_checked(arm.seeded(), arm), expected, "from that before the timing")
     except ArmError:
         arm.flags.append("output_changed")
 

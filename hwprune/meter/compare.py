@@ -139,6 +139,7 @@ def measure(
         "dtype": _dtype_name(arms[0].module, prepared),
         "device": str(device),
         "seed": seed,
+        "energy": energy,
         "inputs": prepared.digest,
         "flush_bytes": timer.flush.bytes if timer.flush is not None else None,
     }

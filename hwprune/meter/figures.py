@@ -11,7 +11,7 @@ from hwprune.meter.measurement import ArmFigures
 from hwprune.meter.memory import Memory
 from hwprune.meter.rounds import LEVEL, Floats, mad, of_arm
 from hwprune.meter.schedule import Rounds
-from hwprune.meter.timing import GAP_REL, LAUNCH_BOUND, Block
+from hwprune.meter.timing import GAP_REL, LAUNCH_BOUND, RAN_SHARE, Block
 
 _P95_RESAMPLES = 400  # of whole rounds; each sorts all calls anew
 _P95_CALLS = 60  # three above the 95th percentile
@@ -110,6 +110,8 @@ def _flags(blocks: list[Block], calls: int, joules: Rounds, arm: Arm) -> list[st
         found.append("few_calls")
     if blocks and float(np.median([b.gap_rel for b in blocks])) > GAP_REL:
         found.append("gaps")
+    if blocks and float(np.median([b.ran_share for b in blocks])) < RAN_SHARE:
+        found.append("preempted")
     if blocks and float(np.median([b.launch_share for b in blocks])) > LAUNCH_BOUND:
         found.append("launch_bound")
     for window in joules.windows.get(arm.name, []):

@@ -39,6 +39,20 @@ class Inputs:
         return tensors_in((self.args, self.kwargs))
 
     @contextmanager
+    def guarded(self) -> Iterator[list[Tensor]]:
+        """Put back what is written to the tensors inside; on exit the list holds those it was written to."""
+        tensors = self.tensors()
+        saved = [(tensor.clone(), tensor._version) for tensor in tensors]
+        written: list[Tensor] = []
+        try:
+            yield written
+        finally:
+            for tensor, (old, version) in zip(tensors, saved, strict=True):
+                if tensor._version != version:
+                    written.append(tensor)
+                    tensor.copy_(old)
+
+    @contextmanager
     def varied(self) -> Iterator[bool]:
         """Other values in the same memory; put back on exit. Gives whether anything could be changed.
 

@@ -73,7 +73,13 @@ def make_runnable(
 
 
 def lengthened(
-    runnable: Runnable, call_s: float, mode: Mode, forward: Callable[[], Any], *, cold: bool
+    runnable: Runnable,
+    call_s: float,
+    mode: Mode,
+    forward: Callable[[], Any],
+    device: torch.device,
+    *,
+    cold: bool,
 ) -> Runnable:
     """More forwards in a call where one is too short to time; as it is where caches are flushed between.
 
@@ -82,6 +88,7 @@ def lengthened(
         call_s: its time.
         mode: a graph is captured anew with as many forwards as take 3 ms.
         forward: runs the model once on its inputs.
+        device: where it runs.
         cold: whether caches are flushed before each call.
     """
     target_s = REPLAY_S if mode == "graph" else SHORTEST_S
@@ -89,7 +96,7 @@ def lengthened(
         return runnable
     count = min(1000, max(2, round(target_s / call_s)))
     if mode == "graph":
-        return capture(forward, torch.device("cuda", torch.cuda.current_device()), count)
+        return capture(forward, device, count)
     once = runnable.call
 
     def several() -> Any:

@@ -32,6 +32,7 @@ GAP_REL = 0.02  # wall against device time
 # On a CPU the arms take turns this many times in a round, and are compared turn by turn: on a busy machine with
 # two cores the ratio of two equal ViT-Tiny then scatters by 4 % a round, and by 17 % with blocks in one piece.
 SLICES = 5
+RAN_SHARE = 0.9  # of the wall time of a CPU's calls
 LAUNCH_BOUND = 0.9  # share of the wall time the host spent handing over work
 SHORTEST_S = 100e-6  # below, a CUDA event's 0.5 us or two clocks' 1 us are a part of a call
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -67,6 +68,11 @@ class Block:
         if self.flushed or self.wall_s <= 0:
             return 0.0
         return 1 - float(self.times_s.sum()) / self.wall_s
+
+    @property
+    def ran_share(self) -> float:
+        """CPU time by wall time of the calls: below 1 even one thread waited. 1 where a GPU does the work."""
+        return 1.0 if self.host_s is not None else self.cpu_s / float(self.times_s.sum())
 
     @classmethod
     def joined(cls, parts: Sequence[Block]) -> Block:

@@ -25,6 +25,8 @@ FLAGS = {
     "short_warm_up": "warmed up by fewer than 20 calls, because they are long",
     "compiles_all_the_time": "something is compiled in every call, and is part of its time",
     "launch_bound": "the device waits for the host; try --mode graph",
+    "preempted": "other processes held the CPU for more than a tenth of its time: its ratio to others still "
+    "stands, its latency is that of a busy machine",
     "gaps": "more than 2 % of the time lies between the calls",
     "grad_enabled": "it switches gradients on by itself, and pays for it",
     "was_training": "it was in train mode, and was measured in eval mode",
@@ -101,7 +103,7 @@ def notes(measurement: Measurement) -> list[str]:
         f"batch {settings['batch']}, {settings['dtype']}, {settings['mode']}, {settings['l2']} caches, "
         f"{settings['device']}"
     )
-    if measurement.energy_reason:
+    if measurement.energy_reason and settings["energy"]:
         found.append(f"energy unavailable: {measurement.energy_reason}")
     found += [f"{arm.name} has no figures: {arm.error}" for arm in arms if arm.error]
     for flag in dict.fromkeys(flag for arm in arms for flag in arm.flags):

@@ -54,6 +54,7 @@ class Work(nn.Module):
         self.clock, self.seconds, self.noise = clock, seconds, noise
         self.generator = random.Random(seed)
         self.modes: set[bool] = set()
+        self.eval()
 
     def forward(self, x_BI: Tensor) -> Any:
         self.modes.add(self.training)

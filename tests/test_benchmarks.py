@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +23,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed: pip install hw
 whole_units = importlib.import_module("parts.whole_units")
 recipes = importlib.import_module("parts.torch_pruning_recipe")
 vit_quality = importlib.import_module("vit_quality")
+kernels = importlib.import_module("kernels")
 
 TOKENS, DIM, DEPTH = 5, 48, 2
 DENSE = 4 * 3 * 8 * 8 * DIM + DEPTH * (TOKENS * 12 * DIM * DIM + 2 * TOKENS**2 * DIM) + DIM * 10
@@ -174,3 +177,41 @@ def test_vit_quality_table_shows_the_best_recipe_of_the_newest_rows():
     assert "| Torch-Pruning, best recipe | 0.400 ± 0.010 @ 0.800 | not run | not run | 9 |" in text
     assert "0.80: second" in text and "0.900" not in text
     assert "| random, heads and neurons | 0.100" in text and "magnitude" not in text
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_walks_its_whole_road_without_a_gpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = ROOT / "scripts" / "benchmarks" / "kernels_gpu.py"
+    before = [p.read_bytes() for p in sorted((ROOT / "profiles" / "rows").glob("*.jsonl"))]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--rounds", "3"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if "interpreter" in done.stderr and done.returncode:
+        pytest.skip("Triton's interpreter before 3.7 does not run on this NumPy")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("x dense, efficiency") == 3
+    after = [p.read_bytes() for p in sorted((ROOT / "profiles" / "rows").glob("*.jsonl"))]
+    assert before == after  # what was not measured leaves no row
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ({1.0: 1.1, 0.5: 2.0}, 1.0),
+        ({1.0: 0.8, 0.8: 1.2, 0.5: 2.0}, 0.9),
+        ({1.0: 0.5, 0.5: 0.9}, 0.0),
+        ({0.9: 1.5, 0.5: 2.0}, None),
+    ],
+)
+def test_the_break_even_density_is_where_the_speed_up_crosses_one(
+    points: dict[float, float], expected: float | None
+) -> None:
+    speedups = {f"ours {d:g}": {"value": s} for d, s in points.items()}
+    speedups["oneDNN prepacked"] = {"value": 3.0}
+    assert kernels.break_even(speedups) == (None if expected is None else pytest.approx(expected))

@@ -152,7 +152,10 @@ def report(
 def main(
     context: typer.Context,
     target: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="timm name or folder")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="a timm name, or a folder of hwprune, timm or diffusers"
+        ),
     ] = None,
     sensor: Annotated[
         str | None, typer.Option(help="nvml:0, cuda:0, GPU-<uuid>, rocm:0 or rapl")

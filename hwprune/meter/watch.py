@@ -160,7 +160,7 @@ def live(
     Args:
         title: what is measured.
         watched: the source, or why there is none.
-        per_second: how often it is drawn. Drawing takes about 2 ms of the process that may be the measured one.
+        per_second: how often it is drawn. Drawing takes about 1 ms of the process that may be the measured one.
         quiet: draw nothing.
     """
     console = Console(stderr=True)

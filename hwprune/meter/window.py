@@ -165,8 +165,7 @@ def _assess(
     elif fault := reading_fault(readings, f"{ends.method}_mw"):
         return Unavailable(fault)
     instant_w = _watts(readings, "instant_mw", start, end)
-    # The trailing average looks back: its first second shows what was before the window.
-    smoothed_w = _watts(readings, "average_mw", start + caps.average_window_s * 1e9, end)
+    smoothed_w = _watts(readings, "average_mw", start, end)  # of a second that was steady before
     power_w = {"counter": counter_w, "instant": instant_w, "average": smoothed_w}[ends.method]
     if power_w is None or power_w <= 0:
         return Unavailable(f"{caps.device} reported no energy over {duration_s:.1f} s of work")

@@ -52,6 +52,33 @@ def test_a_block_is_measured_through_it(library: Path, refresh_ms: float) -> Non
     assert found["uncertainty_rel"] < 2 * refresh_ms / 1e3
 
 
+FORK = """
+import json, os, time, hwprune, pynvml
+from hwprune.meter.open import open_source
+source = open_source("nvml:0")
+pynvml.libLoadLock.acquire()  # as if a thread were loading something at the moment of the fork
+ours, theirs = os.pipe()
+if os.fork() == 0:
+    reading = source.read()
+    with hwprune.measure_energy("nvml:0") as e:
+        time.sleep(0.3)
+    found = [reading.energy_mj, reading.error, e.average_power_w, e.reason]
+    os.write(theirs, json.dumps(found).encode())
+    os._exit(0)
+os.close(theirs)
+os.wait()
+pynvml.libLoadLock.release()
+print(json.dumps({"child": json.loads(os.read(ours, 4096)), "parent": source.read().energy_mj}))
+"""
+
+
+def test_a_forked_child_measures_and_so_does_its_parent(library: Path) -> None:
+    found = run(library, FORK)
+    energy_mj, error, power_w, reason = found["child"]
+    assert energy_mj and found["parent"] and not error and not reason
+    assert power_w == pytest.approx(WATTS, rel=0.1)
+
+
 WINDOW = """
 import json, time
 from hwprune.meter.energy_window import Chunk

@@ -55,6 +55,7 @@ def test_a_ratio_is_that_of_the_true_times(clock: VirtualClock, x: Tensor) -> No
     assert ratio.latency_verdict == "lower"
     back = found.ratio("dense", "model")
     assert value(back.latency) == pytest.approx(1 / ratio.latency.value)
+    assert value(ratio.cpu_time) == pytest.approx(0.7, rel=0.02)
     assert back.latency_verdict == "higher"
 
 
@@ -68,8 +69,11 @@ def test_rounds_go_on_until_the_ratios_are_tight(clock: VirtualClock, x: Tensor)
     assert any("not every latency ratio is known to ±1 %" in w for w in many.warnings)
 
 
-def test_time_ends_the_rounds_and_two_are_always_made(clock: VirtualClock, x: Tensor) -> None:
-    slow = hwprune.measure(Work(clock, 50.0), x, seconds_per_arm=60)
+@pytest.mark.parametrize("seconds", [50.0, 3600.0])
+def test_time_ends_the_rounds_and_two_are_always_made(
+    clock: VirtualClock, x: Tensor, seconds: float
+) -> None:
+    slow = hwprune.measure(Work(clock, seconds), x, seconds_per_arm=60)
     assert slow.latency_s.n == 2  # type: ignore[union-attr]
     assert "few_rounds" in slow.latency_s.flags  # type: ignore[union-attr]
     assert "short_warm_up" in slow.model.flags
@@ -201,10 +205,11 @@ class Drawing(Work):
 
 
 def metered(
-    clock: VirtualClock, x: Tensor, monkeypatch: pytest.MonkeyPatch, **caps: Any
+    clock: VirtualClock, x: Tensor, monkeypatch: pytest.MonkeyPatch, foreign: tuple[int, ...] = ()
 ) -> tuple[Measurement, FakeSource]:
     board = Board(clock)
-    source = FakeSource(Sensor(board), **caps)
+    source = FakeSource(Sensor(board))
+    source.foreign_pids = foreign
     monkeypatch.setattr(compare, "open_source", lambda device: source)
     arms = (Drawing(clock, 0.004, board, 300.0), Drawing(clock, 0.004, board, 500.0))
     return hwprune.measure(arms[0], x, against=arms[1], seconds_per_arm=600), source
@@ -232,6 +237,17 @@ def test_energy_not_asked_for_costs_nothing(
     found = hwprune.measure(Work(clock, 0.02), x, energy=False)
     assert isinstance(found.energy_j, Unavailable) and "not asked for" in found.energy_j.reason
     assert not found.rounds_j
+
+
+def test_energy_beside_another_process_is_no_figure(
+    clock: VirtualClock, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = metered(clock, x, monkeypatch, foreign=(4711,))
+    assert value(found.latency_s) == pytest.approx(0.004)
+    for figure in (found.energy_j, found.average_power_w, found.ratio("model", "dense").energy):
+        assert isinstance(figure, Unavailable)
+        assert "another process computed on the device" in figure.reason
+    assert {step for step, _, _ in found.discarded} == {"energy"}
 
 
 def test_a_sensor_lost_on_the_way_leaves_the_latency(
@@ -275,4 +291,5 @@ def test_a_real_model_on_this_cpu_gives_a_whole_measurement(
     assert found.settings["flush_bytes"] > 0
     assert {step for step, _, _ in steps} == {"check outputs", "warm up", "latency"}
     assert all(0 <= done <= total for _, done, total in steps)
+    assert steps[-1] == ("latency", 1000, 1000)
     json.dumps(found.to_dict(), allow_nan=False)

@@ -26,7 +26,7 @@ from hwprune.meter.arms import (
 )
 from hwprune.meter.clock import Clock, RealClock
 from hwprune.meter.estimate import Estimate, Unavailable
-from hwprune.meter.figures import arm_figures
+from hwprune.meter.figures import arm_figures, cpu_seconds
 from hwprune.meter.inputs import Inputs, prepare_inputs
 from hwprune.meter.measurement import AGAIN, Measurement
 from hwprune.meter.memory import Memory, peak_memory
@@ -268,7 +268,7 @@ def compare(
                     )
             tell("warm up", len(arms), len(arms))
         noise = [bench.noise_rel()]
-        running = [*(arm for arm in arms if not arm.error), *_again(arms[0])]
+        running = timed_arms = [*(arm for arm in arms if not arm.error), *_again(arms[0])]
         watch = RoundWatch(bench.clock, compiled.count, bench.source)
         with timed("latency"):
             latency = latency_rounds(
@@ -310,10 +310,14 @@ def compare(
         arm.name: arm_figures(arm, latency, joules, memory.get(arm.name), inputs, seed)
         for arm in arms
     }
+    no_energy = joules.unavailable or joules.ledger.invalid
     found = Measurement(
         arms=figures,
         rounds_s={name: latency.ledger.values(name) for name in latency.ledger.figures},
-        rounds_j={name: joules.ledger.values(name) for name in joules.ledger.figures},
+        rounds_cpu_s={arm.name: cpu_seconds(arm, latency) for arm in timed_arms if not arm.error},
+        rounds_j={}
+        if no_energy
+        else {name: joules.ledger.values(name) for name in joules.ledger.figures},
         latency_limit=limits.half_width_rel,
         energy_limit=ENERGY_HALF_WIDTH,
         noise_rel=(noise[0], noise[1]),
@@ -327,7 +331,7 @@ def compare(
         provenance=facts | {"load_average_after": load_average()},
         warnings=(),
         seconds=seconds,
-        energy_reason=joules.unavailable or joules.ledger.invalid,
+        energy_reason=no_energy,
     )
     return replace(found, warnings=tuple(_warnings(found, latency, joules, inputs, bench)))
 

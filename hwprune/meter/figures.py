@@ -49,7 +49,6 @@ def arm_figures(
         )
     per_call, blocks = arm.runnable.per_call, latency.blocks.get(arm.name, [])
     rounds_s = latency.ledger.values(arm.name)
-    cpu_s = np.asarray([b.cpu_s / len(b.times_s) / per_call for b in blocks])
     middle = of_arm(rounds_s, seed)
     calls = sum(len(b.times_s) for b in blocks)
     return ArmFigures(
@@ -57,13 +56,20 @@ def arm_figures(
         middle,
         percentile_95([b.times_s / per_call for b in blocks], seed),
         _inverse(middle, inputs.batch),
-        of_arm(cpu_s, seed),
+        of_arm(cpu_seconds(arm, latency), seed),
         memory or Unavailable("it was not looked at"),
         *_energy(arm, joules, seed),
         mad_s=mad(rounds_s) if len(rounds_s) else None,
         calls=calls * per_call,
         flags=tuple(dict.fromkeys([*arm.flags, *_flags(blocks, calls, joules, arm)])),
     )
+
+
+def cpu_seconds(arm: Arm, latency: Rounds) -> Floats:
+    """CPU seconds a forward in each round: [rounds]."""
+    per_call = 1 if arm.runnable is None else arm.runnable.per_call
+    blocks = latency.blocks.get(arm.name, [])
+    return np.asarray([b.cpu_s / len(b.times_s) / per_call for b in blocks])
 
 
 def percentile_95(times_s: list[Floats], seed: int) -> Estimate | Unavailable:

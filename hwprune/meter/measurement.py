@@ -80,12 +80,15 @@ class Ratio:
 
     Attributes:
         latency, energy: paired by round, with 95 % intervals.
+        cpu_time: the same of the CPU time of this process. On a busy CPU it is the steadier figure: it does
+            not count the time in which other processes held the core.
         latency_verdict, energy_verdict: "lower", "higher", "same" (tight about 1) or "ambiguous"; "" where
             there is no figure.
     """
 
     latency: Figure
     energy: Figure
+    cpu_time: Figure
     latency_verdict: str = ""
     energy_verdict: str = ""
 
@@ -95,7 +98,7 @@ class Ratio:
         for name in ("latency", "energy"):
             told = getattr(self, f"{name}_verdict")
             found[name] = getattr(self, name).to_dict() | ({"verdict": told} if told else {})
-        return found
+        return found | {"cpu_time": self.cpu_time.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class Measurement:
     Attributes:
         arms: name -> figures; the first is the model.
         rounds_s: arm -> seconds a forward, [rounds, turns], A/A included.
-        rounds_j: the same in joules an image; empty without energy.
+        rounds_cpu_s: the same in CPU seconds, [rounds].
+        rounds_j: the same in joules an image, [rounds, 1]; empty without energy.
         latency_limit, energy_limit: half-widths asked for.
         noise_rel: of the machine, before and after: relative standard deviation of one fixed small product.
         discarded: (step, round, reason).
@@ -137,6 +141,7 @@ class Measurement:
 
     arms: Mapping[str, ArmFigures]
     rounds_s: Mapping[str, Floats]
+    rounds_cpu_s: Mapping[str, Floats]
     rounds_j: Mapping[str, Floats]
     latency_limit: float
     energy_limit: float
@@ -192,12 +197,12 @@ class Measurement:
     @property
     def aa(self) -> Ratio:
         """The model by itself, as if they were two: the interval must contain 1."""
-        limits = (self.latency_limit, self.energy_limit)
-        latency, energy = (
-            self._plain(rounds, AGAIN, self.model.name, limit)
-            for rounds, limit in zip((self.rounds_s, self.rounds_j), limits, strict=True)
+        main = self.model.name
+        return Ratio(
+            self._plain(self.rounds_s, AGAIN, main, self.latency_limit),
+            self._plain(self.rounds_j, AGAIN, main, self.energy_limit),
+            self._plain(self.rounds_cpu_s, AGAIN, main, self.latency_limit),
         )
-        return Ratio(latency, energy)
 
     @property
     def aa_ok(self) -> bool:
@@ -228,7 +233,8 @@ class Measurement:
         energy, energy_said = self._judged(
             self.rounds_j, above, below, self.energy_limit, self.aa.energy
         )
-        return Ratio(latency, energy, latency_said, energy_said)
+        cpu_time = self._plain(self.rounds_cpu_s, above, below, self.latency_limit)
+        return Ratio(latency, energy, cpu_time, latency_said, energy_said)
 
     def split(self) -> Split | Unavailable:
         """Value and structure apart, where the arms dense, masked and random were measured."""
@@ -277,7 +283,7 @@ class Measurement:
         main, *others = self.arms
         nothing = Unavailable("nothing to compare with was given (against)")
         first = (
-            self.ratio(main, others[0]).to_dict() if others else Ratio(nothing, nothing).to_dict()
+            self.ratio(main, others[0]).to_dict() if others else Ratio(*(nothing,) * 3).to_dict()
         )
         split = self.split()
         return {
@@ -290,6 +296,7 @@ class Measurement:
             "noise_rel": list(self.noise_rel),
             "rounds": {
                 "latency_s": {name: v.tolist() for name, v in self.rounds_s.items()},
+                "cpu_time_s": {name: v.tolist() for name, v in self.rounds_cpu_s.items()},
                 "energy_j": {name: v.tolist() for name, v in self.rounds_j.items()},
             },
             "discarded": [list(entry) for entry in self.discarded],

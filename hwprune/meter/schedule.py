@@ -71,7 +71,7 @@ def latency_rounds(
         seed: of the order and the bootstrap.
         watch: says which rounds do not count.
         clock: for the time limit.
-        progress: called with ("latency", rounds, most rounds).
+        progress: called with ("latency", thousandths done, 1000): of the rounds or the time, whichever ends.
     """
     found = Rounds()
 
@@ -136,7 +136,7 @@ def energy_rounds(
         reference: the arm whose ratios to all others must be tight.
         seed: of the order and the bootstrap.
         clock: for the time limit.
-        progress: called with ("energy", rounds, most rounds).
+        progress: called with ("energy", thousandths done, 1000).
     """
     found = Rounds()
     if isinstance(source, Unavailable):
@@ -202,6 +202,7 @@ def _run(
     looks = set(limits.looks())
     start_ns = clock.now_ns()
     by_name = {arm.name: arm for arm in arms}
+    most_s = limits.seconds_per_arm * len(by_name)
 
     def permuted() -> Iterator[Sequence[Arm]]:
         for names in orders(list(by_name), seed):
@@ -212,22 +213,19 @@ def _run(
         if found.unavailable or all(arm.error for arm in arms):
             break
         round_of(order)
+        kept, spent_s = found.ledger.kept, (clock.now_ns() - start_ns) / 1e9
         if progress is not None:
-            progress(step, count, limits.most)
-        kept = found.ledger.kept
+            progress(step, min(999, int(1000 * max(kept / limits.most, spent_s / most_s))), 1000)
         if kept in looks and _tight(found.ledger, reference, limits, seed):
             found.tight = True
             break
-        spent_s = (clock.now_ns() - start_ns) / 1e9
         # Discarded rounds are run again, but a machine that spoils every round is not waited for.
         if kept >= limits.most or count >= 2 * limits.most:
             break
-        if kept >= 2 and spent_s + spent_s / count > limits.seconds_per_arm * len(by_name):
-            break
-        if spent_s > 2 * limits.seconds_per_arm * len(by_name):
+        if spent_s + spent_s / count > most_s and (kept >= 2 or count >= 4):
             break
     if progress is not None:
-        progress(step, limits.most, limits.most)
+        progress(step, 1000, 1000)
 
 
 def _tight(ledger: Ledger, reference: str, limits: Limits, seed: int) -> bool:

@@ -75,6 +75,7 @@ def table(measurement: Measurement) -> tuple[list[str], list[list[str]]]:
         ("energy an image", [figure(a.energy_j, "J") for a in arms]),
         (f"{main} / it: latency", ["", *(figure(r.latency, "") for r in ratios)]),
         ("  which is", ["", *(r.latency_verdict for r in ratios)]),
+        (f"{main} / it: CPU time", ["", *(figure(r.cpu_time, "") for r in ratios)]),
         (f"{main} / it: energy", ["", *(figure(r.energy, "") for r in ratios)]),
         ("  which is", ["", *(r.energy_verdict for r in ratios)]),
     ]

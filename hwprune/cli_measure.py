@@ -127,7 +127,7 @@ def measure(
     ] = None,
 ) -> None:
     """Latency, memory, power and energy of MODEL, with 95 % intervals and an A/A check."""
-    with plainly(), Steps() as steps:
+    with plainly(), Steps(still=True) as steps:
         if batch is not None and batch < 1:
             raise ValueError(f"--batch: expected at least 1, got {batch}")
         if rounds is not None and rounds < 2:

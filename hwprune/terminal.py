@@ -26,9 +26,15 @@ STDOUT = "-"  # the word for --json
 class Steps:
     """The steps of a command, each with its share done and the time left; silent when piped."""
 
-    def __init__(self) -> None:
-        """Make it; nothing shows before a step is reported."""
+    def __init__(self, *, still: bool = False) -> None:
+        """Make it; nothing shows before a step is reported.
+
+        Args:
+            still: draw only when a step is reported, without the thread that else redraws ten times a
+                second: it would take its millisecond from whatever is being timed.
+        """
         console = Console(stderr=True)
+        self._still = still
         self._progress = Progress(
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=30),
@@ -36,6 +42,7 @@ class Steps:
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
+            auto_refresh=not still,
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -59,6 +66,8 @@ class Steps:
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task(step, total=total)
         self._progress.update(self._tasks[step], completed=done, total=total)
+        if self._still:
+            self._progress.refresh()
 
     def of(self, step: str) -> Callable[[int, int], None]:
         """The same for one step: called with (done, total)."""

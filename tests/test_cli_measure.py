@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import hwprune
 from hwprune import checkpoint, cli_measure, opening, split
 from hwprune.cli import main
 from hwprune.digits import INPUT_SIZE, digits_model
-from hwprune.meter import arms, compare
+from hwprune.meter import arms, compare, timing
 from hwprune.meter.estimate import Unavailable
 from hwprune.meter.modes import Mode
 
@@ -229,6 +230,23 @@ def test_ctrl_c_ends_with_130(
     monkeypatch.setattr(compare, "latency_rounds", interrupted)
     ran = Ran(capsys, "digits", *QUICK)
     assert (ran.code, ran.out, ran.err) == (130, "", "hwprune: interrupted\n")
+
+
+def test_nothing_draws_while_it_is_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[set[str]] = []
+    real = timing.CpuTimer.block
+
+    def block(self: timing.CpuTimer, call: object, calls: int) -> timing.Block:
+        threads.append({type(thread).__name__ for thread in threading.enumerate()})
+        return real(self, call, calls)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(timing.CpuTimer, "block", block)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    ran = Ran(capsys, "digits", *QUICK)
+    assert ran.code == 0 and "warm up" in ran.err, "progress was drawn"
+    assert threads and not [found for found in threads if "_RefreshThread" in found]
 
 
 def test_help_answers_without_torch() -> None:

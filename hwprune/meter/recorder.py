@@ -17,7 +17,7 @@ from hwprune.meter.ticks import Tick, refresh_ns, ticks
 PAUSE_S = 0.1  # between readings: power sensors refresh no faster
 NEAR_S = 0.005  # between readings while a tick is looked for
 SPIN_S = 0.0015  # between readings where one is expected
-STATE_S = 0.25  # between readings of clocks and temperature, which are slower calls
+STATE_S = 0.5  # between readings of clocks and temperature, which are slower calls
 _LEARN_S = 0.35  # three refreshes of the slowest counter seen
 _ENOUGH = 8  # intervals that the refresh is the median of
 
@@ -118,7 +118,7 @@ class Recorder:
         polled_s = (now_ns - self._began_ns) / 1e9
         stated = self._source.caps.refresh_s
         if not self._spinning:
-            learning = stated is None and not self._stretch and len(self._intervals) < 2
+            learning = stated is None and not self._stretch and not self._intervals
             if learning and polled_s < _LEARN_S:
                 return self._closer_s(now_ns)
             return max(PAUSE_S, min(1.0, self._stretch * polled_s))

@@ -25,8 +25,8 @@ PATIENCE_S = 1.0
 _NOTED_NS = (
     1_000_000  # progress is noted no more often: chunks of microseconds would fill the memory
 )
-# A tick seen as closely as that is taken; else a better one is waited for, but not for long.
-_CLOSE_NS, _SECOND_LOOK_NS = 1.5e6, 0.35e9
+# A tick seen as closely as that is taken; else a second one is waited for, but not for long.
+_CLOSE_NS, _SECOND_LOOK_NS, _LAST_LOOK_NS = 1.5e6, 0.15e9, 0.35e9
 _BLOCK_S, _BLOCKS, _STEADY_REL, _STEADY_C_PER_S = 0.3, 5, 0.01, 0.5
 
 
@@ -124,7 +124,8 @@ class Run:
                 looked = len(self.recorder.readings)
                 seen = [t for t in ticks(self.recorder.since(asked)) if t.t_ns > after_ns]
                 best = min(seen, key=lambda tick: tick.slack_ns, default=None)
-                if best and (best.slack_ns < _CLOSE_NS or now - asked > _SECOND_LOOK_NS):
+                enough_ns = _SECOND_LOOK_NS if len(seen) > 1 else _LAST_LOOK_NS
+                if best and (best.slack_ns < _CLOSE_NS or now - asked > enough_ns):
                     break
         finally:
             self.recorder.watch(closely=False)

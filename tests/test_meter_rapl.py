@@ -92,9 +92,20 @@ def test_one_wrap_is_exact(tree: Tree) -> None:
 def test_many_wraps_are_followed_while_it_is_read(tree: Tree) -> None:
     tree.add("intel-rapl:0", "package-0", 0, 299.0)
     source = tree.open()
-    with hwprune.measure_energy("rapl", source=source, clock=tree.clock) as e:
-        tree.clock.sleep(2400)
-    assert e.energy_j == pytest.approx(299 * 2400, rel=1e-4)
+    first = source.read()
+    for _ in range(27):  # three hours, a wrap each quarter of one
+        tree.clock.sleep(400)
+        last = source.read()
+    assert first.energy_mj is not None and last.energy_mj is not None
+    assert (last.energy_mj - first.energy_mj) / 1e3 == pytest.approx(299 * 27 * 400, rel=1e-9)
+    assert last.epoch == first.epoch
+
+
+def test_a_block_with_a_wrap_inside_is_measured(tree: Tree) -> None:
+    tree.add("intel-rapl:0", "package-0", RANGE_UJ - 4_000_000_000, 299.0)
+    with hwprune.measure_energy("rapl", source=tree.open(), clock=tree.clock) as e:
+        tree.clock.sleep(30)
+    assert e.energy_j == pytest.approx(299 * 30, rel=1e-3)
     assert e.scope == "package" and e.uncertainty_rel is not None and e.uncertainty_rel < 1e-3
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hwprune.pruning import analyse as analyse
     from hwprune.pruning import prune as prune
     from hwprune.report import Report as Report
+    from hwprune.route import route_ as route_
     from hwprune.spec import CheckpointError as CheckpointError
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _HOMES = {
     "measure": "meter.compare",
     "measure_energy": "meter.energy",
     "prune": "pruning",
+    "route_": "route",
     "save": "checkpoint",
 }
 

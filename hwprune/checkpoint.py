@@ -118,6 +118,8 @@ def save(
                 model, Path(folder), force=force, card=card, max_shard_bytes=max_shard_bytes
             )
         return
+    if getattr(model, "hwprune_routed", False):
+        raise ValueError("route_ made this model ready for one device; save before route_")
     spec = _spec_of(model)
     state: Mapping[str, Tensor] = model.state_dict()
     widened = format == "dense" and bool(spec["shape"])
@@ -202,6 +204,10 @@ def read_folder(folder: str | Path) -> Folder:
         hint = f"; a save was cut off: rename {aside} to it" if aside.is_dir() else ""
         raise CheckpointError(f"{path}: no such folder; expected one written by hwprune.save{hint}")
     config = shards.read_json(path / "config.json")
+    if "_class_name" in config:
+        raise CheckpointError(
+            f"{path}: a {str(config['_class_name'])[:80]} of diffusers; open it with hwprune.load"
+        )
     exported = "hwprune" not in config and config.get("architecture") == BUILDER
     if "hwprune" not in config and not exported:
         raise CheckpointError(

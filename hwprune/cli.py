@@ -1,4 +1,4 @@
-"""The command line: hwprune prune | eval | measure | inspect.
+"""The command line: hwprune prune | eval | measure | profile | devices | inspect.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr; 3 a budget that cannot be kept; 130 Ctrl-C.
 torch and timm are imported inside the commands, so that --help answers at once.
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from hwprune.cli_measure import measure
+from hwprune.cli_profile import devices, profile
 from hwprune.exits import BAD_INPUT, INTERRUPTED, plainly, say
 from hwprune.terminal import (
     STDOUT,
@@ -284,6 +285,8 @@ def evaluate(
 
 
 app.command()(measure)
+app.command()(profile)
+app.command()(devices)
 
 
 @app.command()

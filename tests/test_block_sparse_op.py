@@ -215,7 +215,7 @@ import os, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 from hwprune import BlockSparseLinear
 def work(rank):
-    dist.init_process_group("gloo", init_method="file://" + os.environ["MEET"], rank=rank, world_size=2)
+    dist.init_process_group("gloo", store=dist.FileStore(os.environ["MEET"], 2), rank=rank, world_size=2)
     torch.manual_seed(0)
     layer = BlockSparseLinear.from_dense(nn.Linear(64, 96), torch.rand(3, 4) < 0.5, (32, 16))
     model = nn.parallel.DistributedDataParallel(layer)

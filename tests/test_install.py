@@ -79,8 +79,9 @@ def shipped() -> set[str]:
 
 def mapped_files() -> set[str]:
     """The files of kernels/ and profiles/ that ship, relative to the root; profiles/rows does not."""
-    kernels, profiles = (ROOT / "kernels").glob("*.py"), (ROOT / "profiles").iterdir()
-    return {p.relative_to(ROOT).as_posix() for p in [*kernels, *profiles] if p.is_file()}
+    kernels, profiles = (ROOT / "kernels").rglob("*.*"), (ROOT / "profiles").iterdir()
+    sources = [p for p in kernels if p.suffix in (".py", ".cpp")]
+    return {p.relative_to(ROOT).as_posix() for p in [*sources, *profiles] if p.is_file()}
 
 
 def test_the_root_folders_are_no_packages_and_the_links_lead_to_them() -> None:

@@ -20,7 +20,10 @@ LAYERS = (
     (
         "layers",
         "obs",
+        "ops",
+        "profile_ops",
         "device",
+        "predict",
         "spec",
         "atomic",
         "meter",
@@ -33,6 +36,8 @@ LAYERS = (
         "coupled",
     ),
     ("families", "cost", "statistics", "rotate", "timm_base", "trajectory", "denoiser_cost"),
+    ("network", "profiling", "route"),
+    ("gating", "prices", "gates", "settling"),
     ("criteria", "distortion", "data", "images", "digits"),
     ("options", "allocate", "repair", "realise", "densify"),
     (
@@ -47,7 +52,7 @@ LAYERS = (
     ),
     ("pruning", "report", "opening", "split", "structure", "workload"),
     ("hwprune",),
-    ("cli", "cli_measure", "terminal", "exits"),
+    ("cli", "cli_measure", "cli_profile", "terminal", "exits"),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 

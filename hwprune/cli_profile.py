@@ -1,0 +1,175 @@
+"""The commands `hwprune profile` and `hwprune devices`: measure this machine, and list what is measured."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hwprune.exits import plainly
+from hwprune.terminal import STDOUT, Steps, check_json, show, write_json
+
+
+def profile(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the profile is written (default: DEVICE.json, here)",
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(metavar="N", help="Of measuring")] = 20.0,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="cuda:0 or cpu; without it, a GPU if any"),
+    ] = None,
+    batches: Annotated[
+        str, typer.Option(metavar="N,N", help="Images of a forward of the ViT shapes")
+    ] = "8,1",
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of fp32, fp16, bf16 (default fp32,bf16; on a GPU bf16)",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of a CPU (default: torch's)", show_default=False),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do not go on with a run that was stopped")
+    ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A summary as JSON; - is stdout", show_default=False),
+    ] = None,
+) -> None:
+    """Measure this device: what layers of pruned models cost on it, into a profile.
+
+    A run that is stopped goes on with the same command. Use the profile with --device FILE, or put it into a
+    folder that HWPRUNE_PROFILES names.
+    """
+    with plainly(), Steps(still=True) as steps:
+        if not 0 < minutes < float("inf"):
+            raise ValueError(f"--minutes: expected a positive number, got {minutes:g}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {threads}")
+        check_json(json)
+        images = _numbers("--batches", batches)
+
+        import torch
+
+        from hwprune.cli_measure import _device
+        from hwprune.ops import DTYPES
+        from hwprune.profile_ops import profile_ops
+        from hwprune.profiling import measure_device, this_device
+
+        place = _device(device)
+        types = (dtypes or ("bf16" if place.type == "cuda" else "fp32,bf16")).split(",")
+        unknown = [t for t in types if t not in DTYPES]
+        if unknown:
+            raise ValueError(f"--dtypes: expected of {', '.join(DTYPES)}, got {unknown[0]!r}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        name = _file_name(this_device(place))
+        target = out or Path(f"{name}.json")
+        if target.suffix != ".json":
+            raise ValueError(f"--out: expected a .json file, got {target}")
+        if not target.absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out {target}: its folder does not exist")
+        partial = target.with_name(f".{target.stem}.partial.json")
+        if fresh:
+            partial.unlink(missing_ok=True)
+        found = measure_device(
+            profile_ops(images, types),
+            place,
+            name=target.stem,
+            minutes=minutes,
+            partial=partial,
+            command=shlex.join(["hwprune", *sys.argv[1:]]),
+            progress=steps,
+        )
+        found.save(target)
+        told = _summary(target)
+        if json is not None:
+            write_json(json, told)
+    if json != STDOUT:
+        _show({target.stem: told})
+
+
+def devices(
+    json: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="As JSON; - is stdout", show_default=False),
+    ] = None,
+) -> None:
+    """List the device profiles: those that ship with hwprune, and those in HWPRUNE_PROFILES."""
+    with plainly():
+        check_json(json)
+        from hwprune.device import list_devices
+
+        found = {name: _summary(path) for name, path in list_devices().items()}
+        if json is not None:
+            write_json(json, {"devices": found})
+    if json != STDOUT:
+        if found:
+            _show(found)
+        else:
+            typer.echo("no profiles; `hwprune profile` measures this machine")
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What a list says of a profile; the reason where it is none."""
+    from hwprune.device import ProfileError, read_profile
+
+    try:
+        found = read_profile(path)
+    except (ProfileError, OSError) as error:
+        return {"file": str(path), "error": str(error)}
+    latency = len(found.entries)
+    return {
+        "file": str(path),
+        "device": found.key,
+        "entries": latency,
+        "with_energy": sum(entry.energy_j is not None for entry in found.entries),
+        "ambiguous": sum(entry.status != "ok" for entry in found.entries),
+        "energy_reason": found.sensor.get("reason"),
+        "torch": found.software.get("torch"),
+        "finished": found.provenance.get("finished"),
+    }
+
+
+def _show(found: dict[str, dict[str, Any]]) -> None:
+    header = ("profile", "device", "entries", "energy", "torch", "measured")
+    rows, after = [], []
+    for name, told in found.items():
+        if "error" in told:
+            after.append(f"{name}: {told['error']}")
+            continue
+        cells = (told[k] for k in ("device", "entries", "with_energy", "torch", "finished"))
+        rows.append([name, *(str(cell)[:40] for cell in cells)])
+        if told["energy_reason"]:
+            after.append(f"{name}: no energy: {told['energy_reason']}")
+    show("device profiles", header, rows, *after)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ValueError(f"{option}: expected numbers such as 8,1, got {text!r}")
+    return found
+
+
+def _file_name(key: str) -> str:
+    """A device's key as a file name: nvidia-h200, amd-epyc-1-thread."""
+    return re.sub(r"[^a-z0-9]+", "-", key.lower().replace("(s)", "")).strip("-")

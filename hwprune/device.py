@@ -1,0 +1,245 @@
+"""A device's measurements: one JSON a device in profiles/, written by `hwprune profile`, never by hand.
+
+Schema hwprofile/1: units in the names, null with a reason for what was not measured, a hash over the
+content. A profile whose hash does not fit, whose numbers are synthetic, or which another device wrote is
+refused or flagged, never used silently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hwprune.ops import Op
+
+SCHEMA = "hwprofile/1"
+FOLDER = Path(__file__).resolve().parent / "profiles"
+
+
+class ProfileError(ValueError):
+    """A file is no profile, or not one to rely on."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation, measured.
+
+    Attributes:
+        op: what ran.
+        latency_s: median over rounds.
+        lo_s, hi_s: its 95 % interval.
+        rounds: how many.
+        p95_s: of single calls.
+        power_w: average while it ran, or None.
+        energy_j: of one call, or None.
+        status: "ok", "ambiguous", "unsteady"; with the reason where energy is None.
+        mode: eager, compile or graph.
+        l2: hot or cold.
+        values: what the data were.
+    """
+
+    op: Op
+    latency_s: float
+    lo_s: float
+    hi_s: float
+    rounds: int
+    p95_s: float | None = None
+    power_w: float | None = None
+    energy_j: float | None = None
+    status: str = "ok"
+    mode: str = "eager"
+    l2: str = "hot"
+    values: str = "normal"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the schema has it: microseconds, watts, microjoules."""
+        micro = 1e6
+        return {
+            **self.op.to_dict(),
+            "values": self.values,
+            "mode": self.mode,
+            "l2": self.l2,
+            "latency_us": {
+                "median": self.latency_s * micro,
+                "ci": [self.lo_s * micro, self.hi_s * micro],
+                "n_rounds": self.rounds,
+                "p95": None if self.p95_s is None else self.p95_s * micro,
+            },
+            "power_w": self.power_w,
+            "energy_uj": None if self.energy_j is None else self.energy_j * micro,
+            "status": self.status,
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Entry:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ProfileError: a field is missing, or a figure is not positive and finite.
+        """
+        try:
+            told = found["latency_us"]
+            lo, hi = told["ci"]
+            figures = [float(told["median"]), float(lo), float(hi)]
+            energy, power, p95 = found["energy_uj"], found["power_w"], told.get("p95")
+            entry = cls(
+                Op.from_dict(dict(found)),
+                figures[0] / 1e6,
+                figures[1] / 1e6,
+                figures[2] / 1e6,
+                rounds=int(told["n_rounds"]),
+                p95_s=None if p95 is None else float(p95) / 1e6,
+                power_w=None if power is None else float(power),
+                energy_j=None if energy is None else float(energy) / 1e6,
+                status=str(found["status"]),
+                mode=str(found["mode"]),
+                l2=str(found["l2"]),
+                values=str(found["values"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProfileError(f"expected an entry of {SCHEMA}, got {found!r}: {error!r}") from None
+        measured = [*figures, *(f for f in (energy, power) if f is not None)]
+        if not all(math.isfinite(f) and f > 0 for f in measured):
+            raise ProfileError(
+                f"expected positive figures, null for what was not measured, got {dict(found)!r}"
+            )
+        return entry
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """All measurements of a device.
+
+    Attributes:
+        name: the file's name without .json.
+        device: what it is: type, name, cores or SMs, threads.
+        software: versions.
+        sensor: of energy, or {"source": null, "reason": ...}.
+        entries: the measurements.
+        provenance: when, how, by which command; noise and A/A ratio of the run.
+    """
+
+    name: str
+    device: Mapping[str, Any]
+    software: Mapping[str, Any]
+    sensor: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    provenance: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        """What must agree for its figures to be this machine's: device name and threads."""
+        return device_key(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form with the content's hash."""
+        found: dict[str, Any] = {
+            "schema": SCHEMA,
+            "synthetic": False,
+            "device": dict(self.device),
+            "software": dict(self.software),
+            "sensor": dict(self.sensor),
+            "entries": [entry.to_dict() for entry in self.entries],
+            "provenance": {k: v for k, v in self.provenance.items() if k != "content_sha256"},
+        }
+        found["provenance"]["content_sha256"] = content_hash(found)
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write, re-read to check, then move into place.
+
+        Raises:
+            ProfileError: it does not read back.
+            OSError: the disk refuses; what was there stays.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            lines = json.dumps(self.to_dict(), indent=1)
+            fresh.write_text(lines + "\n", encoding="utf-8")
+            read_profile(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def device_key(device: Mapping[str, Any]) -> str:
+    """The name of a device, and the threads of a CPU."""
+    threads = device.get("threads")
+    return f"{device.get('name')}" + (f", {threads} thread(s)" if threads else "")
+
+
+def content_hash(found: Mapping[str, Any]) -> str:
+    """SHA-256 over everything but the hash itself."""
+    about = {k: v for k, v in found.get("provenance", {}).items() if k != "content_sha256"}
+    text = json.dumps({**found, "provenance": about}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_profile(path: Path, *, allow_synthetic: bool = False) -> DeviceProfile:
+    """Read and check a profile.
+
+    Raises:
+        ProfileError: not JSON, another schema, synthetic, edited by hand, or an impossible figure.
+        FileNotFoundError: no such file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ProfileError(f"{path}: expected JSON, got {error}") from None
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise ProfileError(f"{path}: expected schema {SCHEMA}, got {schema!r}; measure it again")
+    if found.get("synthetic") is not False and not allow_synthetic:
+        raise ProfileError(f"{path}: its numbers are synthetic, nobody measured them")
+    about = found.get("provenance")
+    if not isinstance(about, dict) or about.get("content_sha256") != content_hash(found):
+        raise ProfileError(
+            f"{path}: the content does not fit its hash: it was edited after it was measured; restore "
+            "it, or measure again with `hwprune profile`"
+        )
+    try:
+        entries = tuple(Entry.from_dict(entry) for entry in found["entries"])
+        device, software, sensor = (dict(found[p]) for p in ("device", "software", "sensor"))
+    except (KeyError, TypeError) as error:
+        raise ProfileError(f"{path}: expected the parts of {SCHEMA}, got {error!r}") from None
+    keys = [(e.op, e.mode, e.l2, e.values) for e in entries]
+    if len(set(keys)) < len(keys):
+        raise ProfileError(f"{path}: an operation is listed twice")
+    return DeviceProfile(path.stem, device, software, sensor, entries, about)
+
+
+def list_devices(folders: Sequence[Path] = ()) -> dict[str, Path]:
+    """Profiles by name: those that ship with hwprune, then the user's own, which go before them."""
+    own = os.environ.get("HWPRUNE_PROFILES")
+    places = [FOLDER, *([Path(own)] if own else []), *folders]
+    return {path.stem: path for place in places for path in sorted(place.glob("*.json"))}
+
+
+def load_device(name: str | Path) -> DeviceProfile:
+    """A profile by name or file.
+
+    Args:
+        name: as `list_devices` has it, or a path to a .json file.
+
+    Raises:
+        ProfileError: not a profile, or no such name; says which there are.
+    """
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ProfileError(f"expected a profile, found no file {path}")
+        return read_profile(path)
+    known = list_devices()
+    if str(name) not in known:
+        there = ", ".join(sorted(known)) or "none"
+        raise ProfileError(
+            f"expected a device of: {there}; got {str(name)!r}; `hwprune profile` measures this machine"
+        )
+    return read_profile(known[str(name)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 

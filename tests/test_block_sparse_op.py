@@ -151,6 +151,44 @@ def test_an_unknown_index_does_not_read_foreign_memory_natively() -> None:
             block_sparse_linear(torch.zeros(3, 64), replace(weight, **{field: tensor}))
 
 
+class OldTriton:
+    """Kernels of a Triton that lacks what they use."""
+
+    class gpu_forward:  # noqa: N801 - stands for a module
+        REFUSED = (AttributeError,)
+        launches = 0
+
+        @classmethod
+        def launch(cls, *_: object, **__: object) -> Tensor:
+            cls.launches += 1
+            raise AttributeError("module 'triton' has no attribute 'make_tensor_descriptor'")
+
+    @staticmethod
+    def input_gradient(*_: object) -> Tensor:
+        raise AttributeError("no such thing")
+
+    weight_gradient = input_gradient
+
+
+def test_a_triton_that_refuses_is_asked_once_and_plain_pytorch_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # CPU tensors take the GPU's road
+    monkeypatch.setattr(op, "_triton", lambda: OldTriton)
+    monkeypatch.setattr(op, "_refused", set())
+    op.say_once.cache_clear()
+    weight, x = packed(), torch.randn(5, 64, requires_grad=True)
+    for _ in range(3):
+        out = block_sparse_linear(x, weight)
+        torch.testing.assert_close(out, F.linear(x, weight.to_dense()), rtol=1e-5, atol=1e-5)
+    assert OldTriton.gpu_forward.launches == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "run as plain PyTorch, Triton refused them: module" in said
+    op._refused.clear()
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, weight.to_dense().sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
+
+
 def test_training_moves_stored_tiles_only_and_lowers_the_loss() -> None:
     _, keep, sparse = layer()
     x, target = torch.randn(200, 64), torch.randn(200, 96)

@@ -134,11 +134,11 @@ def test_inspect_counts_tiles(capsys: pytest.CaptureFixture[str], tmp_path: Path
     for row in json.loads(ran.out)["layers"]:
         module = model.get_submodule(row["layer"])
         assert row["params"] == sum(p.numel() for p in module.parameters())
-        sparse = [m for m in module.modules() if hasattr(m, "row_index")]
+        sparse = [m for m in module.modules() if hasattr(m, "crow")]
         if len(sparse) == 2:  # both linears of the layer are cut
-            assert row["tiles"][0] == sum(len(m.row_index) for m in sparse)
+            assert row["tiles"][0] == sum(len(m.values) for m in sparse)
         assert sparse or "tiles" not in row
-    assert "neurons" not in Ran(capsys, "inspect", out).out, "a column that says nothing"
+    assert "neurons" not in Ran(capsys, "inspect", out).out
 
 
 def test_tables_are_plain_and_within_100_columns_when_piped(
@@ -332,23 +332,23 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(
 
 
 def test_importing_the_command_line_brings_neither_torch_nor_timm() -> None:
-    code = (
-        "import sys, hwprune.cli; "
-        "print([m for m in ('torch', 'timm', 'numpy', 'scipy') if m in sys.modules])"
-    )
+    heavy = ("torch", "timm", "numpy", "scipy")
+    code = f"import sys, hwprune.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n", "hwprune --help must answer at once"
 
 
 def test_flags_are_the_agreed_ones() -> None:
-    # A new flag is a promise to every script; it belongs here and in the README, or not at all.
+    # A new flag is a promise to every script.
     agreed = {
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
         "--round-to --class-map --format --device --seed --no-repair --force --json",
         "eval": "--data --weights --class-map --batch --json",
         "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
         "--split --weights --against-weights --random-weights --seed --json",
+        "profile": "--out --minutes --device --batches --dtypes --threads --fresh --json",
         "inspect": "--json",
+        "devices": "--json",
     }
     group = typer.main.get_command(app)
     found = {

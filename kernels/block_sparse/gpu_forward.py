@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from hwprune.kernels.block_sparse.format import BlockSparseWeight
 from hwprune.kernels.block_sparse.tiles import Config
 
+# What a Triton that lacks a feature, or a device that lacks the memory, raises at a launch.
+REFUSED = (triton.CompilationError, triton.OutOfResources, AttributeError, ImportError)
+
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):

@@ -85,10 +85,22 @@ def _on_triton(x: Tensor, block: tuple[int, int], weights: int = 1) -> ModuleTyp
     if x.dtype not in _FLOATS or block[0] not in ROWS or block[1] not in COLUMNS:
         return None
     capability = _device(x.device.index if x.is_cuda else None)[0]
+    if (block, x.dtype) in _refused:
+        return None
     if not tiles.fits(block, x.element_size(), capability, weights):
         say_once(f"tiles of {block} in {x.dtype} do not fit this GPU: plain PyTorch runs them")
         return None
     return _triton()
+
+
+_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
+
+
+def _refuse(block: tuple[int, int], dtype: torch.dtype, error: Exception) -> None:
+    """Remember tiles that this Triton cannot compile or this device cannot hold."""
+    _refused.add((block, dtype))
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    say_once(f"tiles of {block} in {dtype} run as plain PyTorch, Triton refused them: {first}")
 
 
 def _config(
@@ -152,8 +164,11 @@ def block_sparse(
     if gpu is not None:
         config = _config(x_MK, weight.grid[0], weight.block, weights, act)
         launch = gpu.gpu_forward.launch
-        out: Tensor = launch(x_MK, weight, bias, more, act, config, gated=gated, count=count)
-        return out.view(shape)
+        try:
+            out: Tensor = launch(x_MK, weight, bias, more, act, config, gated=gated, count=count)
+            return out.view(shape)
+        except gpu.gpu_forward.REFUSED as error:
+            _refuse(weight.block, x.dtype, error)
     parts = []
     for i, part in enumerate(_halves(values, gated)):
         shift = bias if bias is None or not gated else bias[i * out_features :][:out_features]
@@ -203,7 +218,11 @@ def input_gradient(
     if gpu is None:
         return plain.input_gradient(grad_MN, weight).view(shape)
     config = _config(grad_MN, weight.grid[1], (bk, bn))
-    out: Tensor = gpu.input_gradient(grad_MN, weight, config)
+    try:
+        out: Tensor = gpu.input_gradient(grad_MN, weight, config)
+    except gpu.gpu_forward.REFUSED as error:
+        _refuse((bn, bk), grad.dtype, error)
+        out = plain.input_gradient(grad_MN, weight)
     return out.view(shape)
 
 
@@ -227,7 +246,11 @@ def weight_gradient(
     if gpu is None:
         return plain.weight_gradient(grad_MN, x_MK, weight).contiguous()
     processors = _device(x.device.index if x.is_cuda else None)[1]
-    out: Tensor = gpu.weight_gradient(grad_MN, x_MK, weight, processors)
+    try:
+        out: Tensor = gpu.weight_gradient(grad_MN, x_MK, weight, processors)
+    except gpu.gpu_forward.REFUSED as error:
+        _refuse(weight.block, grad.dtype, error)
+        out = plain.weight_gradient(grad_MN, x_MK, weight).contiguous()
     return out
 
 

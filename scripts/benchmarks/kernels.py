@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from parts import interleaved, rows
+from parts import interleaved, kernel_table, rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -172,7 +172,15 @@ def main() -> None:
     parser.add_argument("--end-to-end", action="store_true")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--no-rows", action="store_true", help="print only")
+    parser.add_argument("--table", action="store_true", help="print the newest rows as a table")
+    parser.add_argument("--write", action="store_true", help="with --table: put it into README.md")
     options = parser.parse_args()
+    if options.table:
+        text = kernel_table.cpu(ROWS)
+        print(text)
+        if options.write:
+            rows.write_between(rows.ROOT / "README.md", NAME, text)
+        return
     for dtype in options.dtypes.split(","):
         for block in BLOCKS:
             if options.end_to_end:

@@ -20,6 +20,7 @@ from hwprune.meter.open import open_source
 from hwprune.meter.probe import Board, run_probe
 
 NEEDS_GPU = True
+GPU_ARGUMENTS = "--quick"
 ROWS = rows.ROOT / "profiles" / "rows" / "nvml-probe.jsonl"
 
 

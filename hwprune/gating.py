@@ -91,7 +91,7 @@ class Gating:
         """The gates of one units, or None where none are in force."""
         return self._parts.get(name)
 
-    def wrap(self, denoise: Denoise, flat: Tensor, timesteps: Tensor | None = None) -> Denoise:
+    def wrap(self, denoise: Denoise, flat: Tensor, timesteps: Tensor | None = None) -> GatedDenoise:
         """A denoiser with these gates, whatever is put in force elsewhere meanwhile.
 
         Args:
@@ -105,18 +105,52 @@ class Gating:
             if timesteps is not None
             else {}
         )
+        return GatedDenoise(self, denoise, flat, rows)
 
-        def gated_denoise(latent: Tensor, timestep: Tensor) -> Tensor:
-            self.set(rows[float(timestep)] if rows else flat)
-            try:
-                return denoise(latent, timestep)
-            finally:
-                self.set(None)
 
-        model = getattr(denoise, "model", None)
-        if model is not None:
-            gated_denoise.model = model  # type: ignore[attr-defined]
-        return gated_denoise
+@dataclass(eq=False)
+class GatedDenoise:
+    """A denoiser that has its gates in force while it is called; made by `Gating.wrap`.
+
+    Attributes:
+        gating: the hooks' state.
+        denoise: what is called.
+        flat: gates of every step.
+        rows: gates of single steps by timestep.
+    """
+
+    gating: Gating
+    denoise: Denoise
+    flat: Tensor
+    rows: Mapping[float, Tensor]
+    _held: bool = False
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The denoiser's model, for names in errors."""
+        return getattr(self.denoise, "model", None)
+
+    def __call__(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """Predict with the gates of this step."""
+        self.gating.set(self.rows[float(timestep)] if self.rows else self.flat)
+        try:
+            return self.denoise(latent, timestep)
+        finally:
+            if not self._held:
+                self.gating.set(None)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a call's gates in force until the end: a backward pass may run layers again.
+
+        Gradient checkpointing inside the model does, and would otherwise run them without gates.
+        """
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.gating.set(None)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ Equal to back-propagation through all steps: noise, dropout and autocast are rep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -38,8 +38,9 @@ def sample(
 
     Args:
         denoise: (latent, scalar timestep) -> prediction of the latent's shape; `Denoiser`, or a function
-            that sets masks and then calls one. It is called again in the backward pass and must then
-            use the same masks: let it close over them.
+            that sets masks and then calls one (`Gating.wrap`). It is called again in the backward pass and
+            must then use the same masks: let it close over them. If it has a context manager `held()`,
+            that is entered around each step's recomputation and gradient.
         solver: the scheduler with its timesteps set.
         start: [B, ...] noise times `solver.start_scale`. Latents and adjoint are kept in float32 at
             least, whatever the model's own dtype.
@@ -162,6 +163,19 @@ class _Run:
         check_listed: bool = False,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Take one step again and differentiate it: the adjoint before it, and of `wanted`."""
+        # Gates stay in force while layers are run again by the model's own gradient checkpointing.
+        held = getattr(self.denoise, "held", nullcontext)
+        with held():
+            return self._pulled(adjoint, wanted, step, check_listed=check_listed)
+
+    def _pulled(
+        self,
+        adjoint: Sequence[Tensor | None],
+        wanted: Sequence[Tensor],
+        step: int,
+        *,
+        check_listed: bool,
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         state, randomness = self.kept[step]
         leaves = [_leaf(t, self.device) for t in state.tensors]
         with randomness.replayed() as generator, torch.enable_grad(), _autocast(self.autocast):

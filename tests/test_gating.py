@@ -155,6 +155,27 @@ def test_gates_of_images_go_through_guidance_and_those_of_steps_through_time() -
         assert bool((found[0].norm(dim=1) > 0).all())
 
 
+@pytest.mark.parametrize("which", ["dit.tiny", "unet.tiny"])
+def test_gates_compose_with_the_models_own_gradient_checkpointing(which: str) -> None:
+    found = []
+    for nested in (False, True):
+        model, latent, inputs = TINY[which]()
+        model.requires_grad_(False)
+        if nested:
+            model.enable_gradient_checkpointing()
+        units = find_units(model)
+        scheduler = diffusers.UniPCMultistepScheduler()
+        scheduler.set_timesteps(4)
+        solver = Solver(scheduler)
+        flat = torch.full((Layout(units).count,), 0.5, requires_grad=True)
+        with gated(model, units) as gating:
+            call = gating.wrap(Denoiser(model, inputs), flat)
+            final = sample(call, solver, latent, parameters=[flat])
+            found.append(torch.autograd.grad(final.square().mean(), flat)[0])
+            assert gating.now is None
+    assert torch.equal(found[0], found[1])
+
+
 def test_gates_keep_activations_in_the_models_own_type() -> None:
     model, latent, inputs = TINY["dit.tiny"]()
     model.to(torch.bfloat16).requires_grad_(False)

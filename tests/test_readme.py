@@ -34,7 +34,7 @@ def test_the_readme_prunes_saves_and_loads_as_printed(
         for i in range(128):
             pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
-    first, second = blocks()
+    first, second, third, fourth = blocks()
     hub = 'timm.create_model("deit_tiny_patch16_224", pretrained=True)'
     assert hub in first
     small = f"timm.create_model({SMALL})"
@@ -48,6 +48,16 @@ def test_the_readme_prunes_saves_and_loads_as_printed(
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(pruned.eval()(x), loaded.eval()(x))
     assert sum(p.numel() for p in loaded.parameters()) == names["report"].params  # type: ignore[attr-defined]
+    assert hub in third and "224, 224" in third
+    fast = "hwprune.measure(model, images, against={'dense': dense}, rounds=2, seconds_per_arm=0.5)"
+    third = third.replace(hub, small).replace("224, 224", "32, 32")
+    third = third.replace('hwprune.measure(model, images, against={"dense": dense})', fast)
+    assert fast in third
+    exec(third, names)
+    energy = names["energy"]
+    assert (energy.energy_j is None) == bool(energy.reason)  # type: ignore[attr-defined]
+    exec(fourth, names)
+    assert names["y"].shape == (8, 197, 3072)  # type: ignore[attr-defined]
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

@@ -133,7 +133,7 @@ def _weight(
 
 def linear_plain(x_MK: Tensor, weight: BlockSparseWeight) -> Tensor:
     """x Wᵀ in plain PyTorch, by gather where few tiles are stored."""
-    if weight.density <= _GATHER_PAYS.get(weight.block[0], 0.5):
+    if weight.density <= _GATHER_PAYS.get(weight.block[0], 0.3):
         return plain.product(x_MK, weight)
     return F.linear(x_MK, weight.to_dense())
 

@@ -8,17 +8,23 @@ refused or flagged, never used silently.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hwprune.ops import Op
 
 SCHEMA = "hwprofile/1"
+MODES = ("eager", "compile", "graph")
+L2_STATES = ("hot", "cold")
+_DRIVER = Path("/proc/driver/nvidia/version")
 FOLDER = Path(__file__).resolve().parent / "profiles"
 
 
@@ -66,13 +72,13 @@ class Entry:
             "mode": self.mode,
             "l2": self.l2,
             "latency_us": {
-                "median": self.latency_s * micro,
-                "ci": [self.lo_s * micro, self.hi_s * micro],
+                "median": _digits(self.latency_s * micro),
+                "ci": [_digits(self.lo_s * micro), _digits(self.hi_s * micro)],
                 "n_rounds": self.rounds,
-                "p95": None if self.p95_s is None else self.p95_s * micro,
+                "p95": None if self.p95_s is None else _digits(self.p95_s * micro),
             },
-            "power_w": self.power_w,
-            "energy_uj": None if self.energy_j is None else self.energy_j * micro,
+            "power_w": None if self.power_w is None else _digits(self.power_w),
+            "energy_uj": None if self.energy_j is None else _digits(self.energy_j * micro),
             "status": self.status,
         }
 
@@ -102,12 +108,21 @@ class Entry:
                 l2=str(found["l2"]),
                 values=str(found["values"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProfileError(f"expected an entry of {SCHEMA}, got {found!r}: {error!r}") from None
-        measured = [*figures, *(f for f in (energy, power) if f is not None)]
+        optional = (entry.p95_s, entry.energy_j, entry.power_w)
+        measured = [*figures, *(f for f in optional if f is not None)]
         if not all(math.isfinite(f) and f > 0 for f in measured):
             raise ProfileError(
                 f"expected positive figures, null for what was not measured, got {dict(found)!r}"
+            )
+        if not entry.lo_s <= entry.latency_s <= entry.hi_s or entry.rounds < 1:
+            raise ProfileError(
+                f"expected a median within its interval, of one round or more, got {dict(found)!r}"
+            )
+        if entry.mode not in MODES or entry.l2 not in L2_STATES:
+            raise ProfileError(
+                f"expected a mode of {', '.join(MODES)} and l2 of {', '.join(L2_STATES)}, got {dict(found)!r}"
             )
         return entry
 
@@ -123,6 +138,9 @@ class DeviceProfile:
         sensor: of energy, or {"source": null, "reason": ...}.
         entries: the measurements.
         provenance: when, how, by which command; noise and A/A ratio of the run.
+        synthetic: nobody measured its figures; for tests only.
+        transferred: in what this machine differs from that of the figures; "" where it does not, or where
+            nobody asked.
     """
 
     name: str
@@ -131,6 +149,8 @@ class DeviceProfile:
     sensor: Mapping[str, Any]
     entries: tuple[Entry, ...]
     provenance: Mapping[str, Any]
+    synthetic: bool = False
+    transferred: str = ""
 
     @property
     def key(self) -> str:
@@ -141,7 +161,7 @@ class DeviceProfile:
         """JSON-able form with the content's hash."""
         found: dict[str, Any] = {
             "schema": SCHEMA,
-            "synthetic": False,
+            "synthetic": self.synthetic,
             "device": dict(self.device),
             "software": dict(self.software),
             "sensor": dict(self.sensor),
@@ -163,10 +183,15 @@ class DeviceProfile:
         try:
             lines = json.dumps(self.to_dict(), indent=1)
             fresh.write_text(lines + "\n", encoding="utf-8")
-            read_profile(fresh)
+            read_profile(fresh, allow_synthetic=self.synthetic)
             fresh.replace(path)
         finally:
             fresh.unlink(missing_ok=True)
+
+
+def _digits(figure: float) -> float:
+    """Nine digits: more than any clock has, and the same after another reading and writing."""
+    return float(f"{figure:.9g}")
 
 
 def device_key(device: Mapping[str, Any]) -> str:
@@ -191,7 +216,7 @@ def read_profile(path: Path, *, allow_synthetic: bool = False) -> DeviceProfile:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProfileError(f"{path}: expected JSON, got {error}") from None
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
@@ -207,39 +232,102 @@ def read_profile(path: Path, *, allow_synthetic: bool = False) -> DeviceProfile:
     try:
         entries = tuple(Entry.from_dict(entry) for entry in found["entries"])
         device, software, sensor = (dict(found[p]) for p in ("device", "software", "sensor"))
-    except (KeyError, TypeError) as error:
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: expected the parts of {SCHEMA}, got {error!r}") from None
-    keys = [(e.op, e.mode, e.l2, e.values) for e in entries]
-    if len(set(keys)) < len(keys):
-        raise ProfileError(f"{path}: an operation is listed twice")
-    return DeviceProfile(path.stem, device, software, sensor, entries, about)
+    keys = Counter((e.op, e.mode, e.l2, e.values) for e in entries)
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ProfileError(f"{path}: an operation is listed twice: {twice[0]}")
+    if not entries:
+        raise ProfileError(f"{path}: expected measured operations, got none")
+    synthetic = found["synthetic"] is not False
+    return DeviceProfile(path.stem, device, software, sensor, entries, about, synthetic)
 
 
 def list_devices(folders: Sequence[Path] = ()) -> dict[str, Path]:
     """Profiles by name: those that ship with hwprune, then the user's own, which go before them."""
     own = os.environ.get("HWPRUNE_PROFILES")
     places = [FOLDER, *([Path(own)] if own else []), *folders]
-    return {path.stem: path for place in places for path in sorted(place.glob("*.json"))}
+    found = [path for place in places for path in sorted(place.glob("*.json"))]
+    return {
+        path.stem: path for path in found if not path.name.startswith(".")
+    }  # of a run under way
 
 
-def load_device(name: str | Path) -> DeviceProfile:
+def load_device(
+    name: str | Path, *, for_device: str | None = None, force: bool = False
+) -> DeviceProfile:
     """A profile by name or file.
 
     Args:
         name: as `list_devices` has it, or a path to a .json file.
+        for_device: key of the machine that predictions are for (`profiling.this_device`); None = nobody
+            compares.
+        force: take another device's profile all the same, marked as transferred.
 
     Raises:
-        ProfileError: not a profile, or no such name; says which there are.
+        ProfileError: not a profile, no such name (says which there are), or another device's.
     """
     path = Path(name)
     if path.suffix == ".json":
         if not path.is_file():
             raise ProfileError(f"expected a profile, found no file {path}")
-        return read_profile(path)
-    known = list_devices()
-    if str(name) not in known:
-        there = ", ".join(sorted(known)) or "none"
+    else:
+        known = list_devices()
+        if str(name) not in known:
+            there = ", ".join(sorted(known)) or "none"
+            raise ProfileError(
+                f"expected a device of: {there}; got {str(name)!r}; `hwprune profile` measures this machine"
+            )
+        path = known[str(name)]
+    profile = read_profile(path)
+    return profile if for_device is None else for_this_device(profile, for_device, force=force)
+
+
+def for_this_device(profile: DeviceProfile, key: str, *, force: bool = False) -> DeviceProfile:
+    """A profile compared with the machine it shall speak for.
+
+    Args:
+        profile: as read.
+        key: of that machine.
+        force: take another device's profile all the same.
+
+    Returns:
+        The profile, `transferred` where the device, torch, triton or the driver is another; warns then.
+
+    Raises:
+        ProfileError: another device, and not `force`.
+    """
+    if profile.key != key and not force:
         raise ProfileError(
-            f"expected a device of: {there}; got {str(name)!r}; `hwprune profile` measures this machine"
+            f"{profile.name} was measured on {profile.key}, this is {key}; `hwprune profile` measures this "
+            "machine (force=True predicts all the same)"
         )
-    return read_profile(known[str(name)])
+    reasons = [] if profile.key == key else [f"measured on {profile.key}, not on {key}"]
+    here = software_here()
+    for name in ("torch", "triton", "driver"):
+        then, now = profile.software.get(name), here.get(name)
+        if then is not None and now is not None and then != now:
+            reasons.append(f"{name} {then}, here {now}")
+    if not reasons:
+        return profile
+    reason = "; ".join(reasons)
+    warnings.warn(
+        f"profile {profile.name}: {reason}; its predictions are less certain", stacklevel=3
+    )
+    return replace(profile, transferred=reason)
+
+
+def software_here() -> dict[str, str | None]:
+    """Versions that times depend on: torch, triton, and the driver where there is an NVIDIA GPU."""
+    found: dict[str, str | None] = {}
+    for package in ("torch", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    driver = _DRIVER.read_text().split() if _DRIVER.is_file() else []
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15 ..."; open modules say more words before it.
+    found["driver"] = next((w for w in driver if w[0].isdigit() and w.count(".") >= 1), None)
+    return found

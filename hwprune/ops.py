@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,16 +19,16 @@ from hwprune.kernels.block_sparse.format import BlockSparseWeight
 from hwprune.kernels.block_sparse_linear import block_sparse_linear
 from hwprune.layers import SlimAttention
 
-Kind = Literal["linear", "attention", "gelu", "layer_norm"]
-Impl = Literal["dense", "block_sparse"]
-
 DIMS: dict[str, tuple[str, ...]] = {
     "linear": ("m", "n", "k"),
     "attention": ("b", "h", "t", "d", "e"),
     "gelu": ("m", "n"),
+    "silu": ("m", "n"),
     "layer_norm": ("m", "n"),
 }
+IMPLS = ("dense", "block_sparse")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +36,7 @@ class Op:
     """One operation.
 
     Attributes:
-        kind: linear (with bias), attention (all between the projections), gelu or layer_norm.
+        kind: linear (with bias), attention (all between the projections), gelu, silu or layer_norm.
         shape: sizes in the order of `DIMS[kind]`.
         dtype: fp32, fp16 or bf16.
         impl: dense, or block_sparse for a linear of stored tiles.
@@ -55,19 +55,52 @@ class Op:
         """Refuse what is no operation.
 
         Raises:
-            ValueError: an unknown kind or type, another number of sizes, a density outside (0, 1].
+            ValueError: an unknown kind, implementation or type, another number of sizes, a density outside
+                (0, 1], tiles of what is no linear.
         """
-        if self.kind not in DIMS or self.dtype not in DTYPES:
+        if self.kind not in DIMS or self.dtype not in DTYPES or self.impl not in IMPLS:
             raise ValueError(
-                f"expected a kind of {sorted(DIMS)} and a type of {sorted(DTYPES)}, got {self.kind!r} "
-                f"and {self.dtype!r}"
+                f"expected a kind of {sorted(DIMS)}, an implementation of {list(IMPLS)} and a type of "
+                f"{sorted(DTYPES)}, got {self.kind!r}, {self.impl!r} and {self.dtype!r}"
             )
         if len(self.shape) != len(DIMS[self.kind]) or min(self.shape) < 1:
             raise ValueError(
                 f"{self.kind}: expected sizes {DIMS[self.kind]} >= 1, got {self.shape}"
             )
-        if not 0 < self.density <= 1 or (self.impl == "dense") != (self.block == (0, 0)):
-            raise ValueError(f"expected dense, or tiles at a density in (0, 1], got {self}")
+        tiled = self.impl == "block_sparse"
+        fits = min(self.block) >= 1 and self.kind == "linear" if tiled else self.block == (0, 0)
+        if not fits or not 0 < self.density <= 1 or (not tiled and self.density != 1):
+            raise ValueError(
+                f"expected dense, or tiles of a linear at a density in (0, 1], got {self}"
+            )
+
+    @classmethod
+    def tiles(
+        cls, shape: tuple[int, int, int], dtype: str, block: tuple[int, int], kept: int
+    ) -> Op:
+        """A linear of stored tiles, with the density that their number gives.
+
+        Args:
+            shape: (M, N, K).
+            dtype: fp32, fp16 or bf16.
+            block: (bn, bk).
+            kept: stored tiles, at least one.
+        """
+        grid = -(-shape[1] // block[0]) * -(-shape[2] // block[1])
+        return cls("linear", shape, dtype, "block_sparse", kept / grid, block)
+
+    @property
+    def kept_tiles(self) -> int:
+        """Stored tiles of a linear of tiles, 0 of anything else."""
+        return round(self.density * self.grid_tiles)
+
+    @property
+    def grid_tiles(self) -> int:
+        """Tiles of the dense weight, those at its edges included; 0 where there are none."""
+        if not self.block[0]:
+            return 0
+        _, n, k = self.shape
+        return -(-n // self.block[0]) * -(-k // self.block[1])
 
     @property
     def family(self) -> tuple[Any, ...]:
@@ -76,10 +109,12 @@ class Op:
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates; for the pointwise kinds their elements."""
+        """Multiply-accumulates, of stored tiles whole; for the pointwise kinds their elements."""
         if self.kind == "linear":
             m, n, k = self.shape
-            return m * n * k * self.density
+            if self.block[0]:
+                return float(m * self.kept_tiles * self.block[0] * self.block[1])
+            return float(m * n * k)
         if self.kind == "attention":
             b, h, t, d, e = self.shape
             return float(b * h * t * t * (d + e))
@@ -87,13 +122,16 @@ class Op:
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of the parameters, indices included."""
+        """Bytes of the parameters that are read, of tiles with their indices."""
         size = DTYPES[self.dtype].itemsize
         if self.kind != "linear":
             return 2.0 * self.shape[1] * size if self.kind == "layer_norm" else 0.0
         _, n, k = self.shape
-        tiles = n * k * self.density / (self.block[0] * self.block[1]) if self.block[0] else 0.0
-        return (n * k * self.density + n) * size + 4 * tiles
+        if not self.block[0]:
+            return float((n * k + n) * size)
+        values = self.kept_tiles * self.block[0] * self.block[1]
+        rows = -(-n // self.block[0])
+        return float((values + n) * size + 4 * (self.kept_tiles + 1 + 2 * rows + 1))
 
     @property
     def activation_bytes(self) -> float:
@@ -130,8 +168,11 @@ class Op:
             shape = tuple(int(found["shape"][name]) for name in DIMS[kind])
             rows, cols = found["block"] or (0, 0)
             dtype, impl, density = found["dtype"], found["impl"], float(found["density"])
-        except (KeyError, TypeError, ValueError) as error:
+            whole = all(type(found["shape"][name]) is int for name in DIMS[kind])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"expected an operation, got {found!r}: {error!r}") from None
+        if not whole or len(found["shape"]) != len(shape):
+            raise ValueError(f"{kind}: expected whole sizes {DIMS[kind]}, got {found['shape']!r}")
         return cls(kind, shape, dtype, impl, density, (int(rows), int(cols)))
 
 
@@ -178,9 +219,9 @@ def runnable(op: Op, pool: Pool, seed: int = 0) -> Callable[[], Tensor]:
     def draw(*shape: int) -> Tensor:
         return pool.take(DTYPES[op.dtype], *shape)
 
-    if op.kind == "gelu":
-        x = draw(*op.shape)
-        return lambda: F.gelu(x)
+    if op.kind in ("gelu", "silu"):
+        x, act = draw(*op.shape), F.gelu if op.kind == "gelu" else F.silu
+        return lambda: act(x)
     if op.kind == "layer_norm":
         x, scale, shift = draw(*op.shape), draw(op.shape[1]), draw(op.shape[1])
         return lambda: F.layer_norm(x, (op.shape[1],), scale, shift, 1e-6)
@@ -195,6 +236,6 @@ def runnable(op: Op, pool: Pool, seed: int = 0) -> Callable[[], Tensor]:
         return lambda: F.linear(x, weight, bias)
     rows, cols = -(-n // op.block[0]), -(-k // op.block[1])
     ranks = torch.rand(rows * cols, generator=generator).argsort().argsort()
-    keep = (ranks < max(1, round(op.density * rows * cols))).view(rows, cols)
+    keep = (ranks < op.kept_tiles).view(rows, cols)
     tiles = BlockSparseWeight.from_dense(weight, keep, op.block)
     return lambda: block_sparse_linear(x, tiles, bias)

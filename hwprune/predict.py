@@ -10,8 +10,8 @@ are reproduced.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.interpolate import RBFInterpolator
 
-from hwprune.device import DeviceProfile, Entry
+from hwprune.device import L2_STATES, MODES, DeviceProfile, Entry
 from hwprune.ops import Op
+from hwprune.predict_power import PowerModel
 
 Floats = npt.NDArray[np.float64]
 
@@ -29,6 +30,8 @@ _SMOOTHING = 1e-3
 _FOLDS = 8
 _FEWEST = 6  # entries below which a family is not interpolated
 _LEVEL = 0.95
+_UNKNOWN_SPREAD = math.log(2)  # where nothing could be held out
+_TIERS = ("transferred", "extrapolated", "interpolated", "hit")  # the least certain first
 
 
 class UnknownOp(LookupError):
@@ -37,12 +40,14 @@ class UnknownOp(LookupError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an operation costs.
+    """What an operation, or several, cost.
 
     Attributes:
         latency_s: of one call, with lo_s and hi_s around it (95 %).
-        energy_j: of one call, or None.
-        tier: "hit" (measured verbatim), "interpolated" or "extrapolated".
+        energy_j: of one call, or None where the profile has no power.
+        tier: "hit" (measured verbatim), "interpolated", "extrapolated", or "transferred" from another
+            device or other software.
+        energy_lo_j, energy_hi_j: around energy_j.
     """
 
     latency_s: float
@@ -50,29 +55,45 @@ class Prediction:
     hi_s: float
     energy_j: float | None
     tier: str
+    energy_lo_j: float | None = None
+    energy_hi_j: float | None = None
 
 
 class CostModel:
     """Predicts operations of a profiled device.
 
     Args:
-        profile: its measurements.
+        profile: its measurements; `device.for_this_device` says whether they are of this machine.
         mode: eager, compile or graph; entries of other modes are not used.
         l2: hot or cold.
+        values: what the data were: normal, zeros or real:<hash>.
 
     Raises:
-        ValueError: the profile has no entries of this mode.
+        ValueError: another mode or l2, or the profile has no such entries.
     """
 
-    def __init__(self, profile: DeviceProfile, mode: str = "eager", l2: str = "hot") -> None:
+    def __init__(
+        self, profile: DeviceProfile, mode: str = "eager", l2: str = "hot", values: str = "normal"
+    ) -> None:
         """Sort the entries by family."""
+        if mode not in MODES or l2 not in L2_STATES:
+            raise ValueError(
+                f"expected a mode of {', '.join(MODES)} and l2 of {', '.join(L2_STATES)}, got {mode!r}, {l2!r}"
+            )
         self.profile = profile
-        self.entries = {e.op: e for e in profile.entries if (e.mode, e.l2) == (mode, l2)}
+        wanted = (mode, l2, values)
+        self.entries = {e.op: e for e in profile.entries if (e.mode, e.l2, e.values) == wanted}
         if not self.entries:
-            raise ValueError(f"{profile.name}: expected entries of {mode}, {l2} L2, got none")
-        self._families: dict[tuple[Any, ...], _Family] = {}
+            there = sorted({(e.mode, e.l2, e.values) for e in profile.entries})
+            raise ValueError(f"{profile.name}: expected entries of {wanted}, got only {there}")
+        # Nothing on this device was ever quicker: the launch of one operation.
+        self.floor_s = min(e.latency_s for e in self.entries.values())
+        by_family: dict[tuple[Any, ...], list[Entry]] = {}
         for op, entry in self.entries.items():
-            self._families.setdefault(op.family, _Family()).entries.append(entry)
+            by_family.setdefault(op.family, []).append(entry)
+        self._families = {key: _Family(entries) for key, entries in by_family.items()}
+        idle_w = profile.sensor.get("idle_w")
+        self._power = PowerModel(list(self.entries.values()), idle_w)
 
     def predict(self, op: Op) -> Prediction:
         """The cost of an operation.
@@ -80,105 +101,118 @@ class CostModel:
         Raises:
             UnknownOp: no measured operation is of its kind, implementation, block and type.
         """
-        hit = self.entries.get(op)
+        hit, family = self.entries.get(op), self._families.get(op.family)
         if hit is not None:
-            return Prediction(hit.latency_s, hit.lo_s, hit.hi_s, hit.energy_j, "hit")
-        family = self._families.get(op.family)
-        if family is None or len(family.entries) < _FEWEST:
-            known = sorted({f[:3] for f in self._families})
+            latency_s, lo_s, hi_s, tier = hit.latency_s, hit.lo_s, hit.hi_s, "hit"
+        elif family is not None and len(family.entries) >= _FEWEST:
+            latency_s, spread, tier = family.predict(op)
+            latency_s = max(latency_s, self.floor_s)
+            lo_s, hi_s = latency_s * math.exp(-spread), latency_s * math.exp(spread)
+            lo_s = max(lo_s, min(self.floor_s, latency_s))
+        else:
+            known = sorted(
+                {f[:3] for f in self._families if len(self._families[f].entries) >= _FEWEST}
+            )
             raise UnknownOp(
                 f"{self.profile.name} says nothing about {op}: it knows {known}; measure it with "
                 "`hwprune profile`"
             )
-        return family.predict(op)
+        if self.profile.transferred:
+            # How far another machine is off nobody measured: at least a factor of two either way.
+            tier, lo_s, hi_s = "transferred", lo_s / 2, hi_s * 2
+        found = Prediction(latency_s, lo_s, hi_s, None, tier)
+        power = self._power.predict(op, latency_s)
+        if hit is not None and hit.energy_j is not None and hit.power_w is not None:
+            spread = self._power.spread_of_hit
+            found = replace(found, energy_j=hit.energy_j)
+            power = (hit.power_w, hit.power_w / (1 + spread), hit.power_w * (1 + spread))
+        if power is None:
+            return found
+        watts, low_w, high_w = power
+        return replace(
+            found,
+            energy_j=found.energy_j if found.energy_j is not None else watts * latency_s,
+            energy_lo_j=min(low_w * lo_s, watts * latency_s),
+            energy_hi_j=max(high_w * hi_s, watts * latency_s),
+        )
 
-    def held_out_errors(self) -> dict[tuple[Any, ...], Floats]:
-        """Relative errors of latencies predicted without the entry's whole site (M, N, K), by family."""
-        return {
-            key: np.expm1(np.abs(family.residuals))
-            for key, family in self._families.items()
-            if len(family.entries) >= _FEWEST
-        }
+    def held_out_errors(self, *, inside: bool = False) -> dict[tuple[Any, ...], Floats]:
+        """Relative errors of latencies predicted without the entry's whole site (all densities), by family.
+
+        Args:
+            inside: only entries within the range of what was left, not those at its edges.
+        """
+        found = {}
+        for key, family in self._families.items():
+            residuals, within = family.held_out
+            errors = np.abs(np.expm1(-residuals[within] if inside else -residuals))
+            if errors.size:
+                found[key] = errors
+        return found
 
 
 class _Family:
     """Operations of one kind, implementation, block and type."""
 
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-
-    @cached_property
-    def rates(self) -> tuple[float, float]:
-        """Best work a second and bytes a second of the family."""
-        work = max(e.op.macs / e.latency_s for e in self.entries)
-        bytes_ = max(_bytes(e.op) / e.latency_s for e in self.entries)
-        return work, bytes_
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = list(entries)
+        self.points: Floats = np.asarray([features(e.op) for e in self.entries])
+        self.work_per_s = max(e.op.macs / e.latency_s for e in self.entries)
+        self.bytes_per_s = max(_bytes(e.op) / e.latency_s for e in self.entries)
+        logs = [math.log(e.latency_s / self.light_s(e.op)) for e in self.entries]
+        self.logs: Floats = np.asarray(logs)  # never below 0: nothing beats the best rates seen
 
     def light_s(self, op: Op) -> float:
-        """The time at the family's best rates."""
-        work, bytes_ = self.rates
-        return max(op.macs / work, _bytes(op) / bytes_)
+        """The time at the family's best rates: of work and of bytes a second."""
+        return max(op.macs / self.work_per_s, _bytes(op) / self.bytes_per_s)
 
     @cached_property
-    def points(self) -> Floats:
-        """Where the entries lie: [entries, features]."""
-        return np.asarray([features(e.op) for e in self.entries])
-
-    @cached_property
-    def logs(self) -> Floats:
-        """log(t / speed-of-light): [entries]."""
-        return np.asarray([math.log(e.latency_s / self.light_s(e.op)) for e in self.entries])
-
-    @cached_property
-    def residuals(self) -> Floats:
-        """Held-out errors of the logarithm; sites are held out whole, densities and all."""
-        sites = sorted({e.op.shape for e in self.entries})
-        fold_of = {site: i % _FOLDS for i, site in enumerate(_shuffled(sites))}
-        folds = np.asarray([fold_of[e.op.shape] for e in self.entries])
-        found = np.zeros(len(self.entries))
-        for fold in set(folds.tolist()):
-            out = folds == fold
-            if (~out).sum() < _FEWEST:
-                continue
-            fitted = fit(self.points[~out], self.logs[~out])
-            found[out] = self.logs[out] - fitted(self.points[out])
-        return found
-
-    @cached_property
-    def spline(self) -> Any:
+    def spline(self) -> Callable[[Floats], Floats]:
+        """log(t / speed-of-light) at points [n, features]."""
         return fit(self.points, self.logs)
 
-    def predict(self, op: Op) -> Prediction:
-        """Interpolate."""
-        point = np.asarray(features(op))
-        low, high = self.points.min(0), self.points.max(0)
-        inside = bool((point >= low - 1e-9).all() and (point <= high + 1e-9).all())
-        # Outside, the utilisation of the edge is held: a spline's slope means nothing there.
-        log = float(self.spline(np.clip(point, low, high)[None])[0])
-        spread = float(np.quantile(np.abs(self.residuals), _LEVEL))
-        if not inside:
-            spread = 2 * spread + 0.1 * float(np.abs(point - np.clip(point, low, high)).max())
-        light_s = self.light_s(op)
-        latency_s = light_s * math.exp(log)
-        power_w = self._power_w(point)
-        return Prediction(
-            latency_s,
-            latency_s * math.exp(-spread),
-            latency_s * math.exp(spread),
-            None if power_w is None else power_w * latency_s,
-            "interpolated" if inside else "extrapolated",
-        )
+    @cached_property
+    def held_out(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """log(measured / predicted without its site) of the entries that can be held out; whether inside."""
+        sites = sorted({e.op.shape for e in self.entries})
+        fold_of = {site: i % _FOLDS for i, site in enumerate(_shuffled(sites))}
+        residuals, within = [], []
+        for fold in range(_FOLDS):
+            out = [e for e in self.entries if fold_of[e.op.shape] == fold]
+            rest = [e for e in self.entries if fold_of[e.op.shape] != fold]
+            if not out or len(rest) < _FEWEST - 2:
+                continue
+            others = _Family(rest)
+            for entry in out:
+                seconds, beyond = others.middle_s(entry.op)
+                residuals.append(math.log(entry.latency_s / seconds))
+                within.append(beyond == 0)
+        return np.asarray(residuals), np.asarray(within, dtype=bool)
 
-    def _power_w(self, point: Floats) -> float | None:
-        """Average power of the nearest entries that have one, weighted by distance."""
-        told = [(i, e.power_w) for i, e in enumerate(self.entries) if e.power_w is not None]
-        if len(told) < _FEWEST:
-            return None
-        away = np.linalg.norm(self.points[[i for i, _ in told]] - point, axis=1)
-        nearest = np.argsort(away)[:3]
-        weights = 1 / (away[nearest] + 1e-3)
-        powers = np.asarray([told[i][1] for i in nearest])
-        return float((weights * powers).sum() / weights.sum())
+    @cached_property
+    def spreads(self) -> tuple[float, float]:
+        """Half the 95 % interval of the logarithm, inside the range and at its edge."""
+        residuals, within = self.held_out
+        inside = _quantile(np.abs(residuals[within]))
+        edge = _quantile(np.abs(residuals[~within])) if (~within).any() else 0.0
+        return inside, max(2 * inside, edge)
+
+    def middle_s(self, op: Op) -> tuple[float, float]:
+        """Interpolated seconds, and how far outside the range it lies (powers of two)."""
+        point = np.asarray(features(op))
+        # Outside, the utilisation of the edge is held: a spline's slope means nothing there.
+        held = np.clip(point, self.points.min(0), self.points.max(0))
+        beyond = float(np.abs(point - held).max())
+        log = max(0.0, float(self.spline(held[None])[0]))
+        return self.light_s(op) * math.exp(log), beyond if beyond > 1e-9 else 0.0
+
+    def predict(self, op: Op) -> tuple[float, float, str]:
+        """(seconds, half the 95 % interval of their logarithm, tier)."""
+        seconds, beyond = self.middle_s(op)
+        inside, edge = self.spreads
+        if beyond:
+            return seconds, edge + 0.1 * beyond, "extrapolated"
+        return seconds, inside, "interpolated"
 
 
 def features(op: Op) -> list[float]:
@@ -186,7 +220,7 @@ def features(op: Op) -> list[float]:
     return [*map(math.log2, op.shape), *([math.log2(op.density)] if op.block[0] else [])]
 
 
-def fit(points: Floats, logs: Floats) -> Any:
+def fit(points: Floats, logs: Floats) -> Callable[[Floats], Floats]:
     """A smooth function through the points; directions in which nothing varies are left out."""
     varies = np.ptp(points, axis=0) > 1e-9
     if not varies.any():
@@ -195,33 +229,62 @@ def fit(points: Floats, logs: Floats) -> Any:
     used = points[:, varies]
     # A plane needs independent directions: where sizes move together a constant goes under the spline.
     plane = np.linalg.matrix_rank(np.c_[np.ones(len(used)), used]) == used.shape[1] + 1
+    local = len(used) > _NEIGHBOURS and _plane_everywhere(used)
     spline = RBFInterpolator(
         used,
         logs,
-        neighbors=min(_NEIGHBOURS, len(used)) if len(used) > _NEIGHBOURS else None,
+        neighbors=_NEIGHBOURS if local else None,
         kernel="thin_plate_spline" if plane else "linear",
         degree=1 if plane else 0,
         smoothing=_SMOOTHING,
     )
-    return lambda at: spline(at[:, varies])
+    return lambda at: np.asarray(spline(at[:, varies]))
+
+
+def _plane_everywhere(used: Floats) -> bool:
+    """Whether the nearest neighbours of every point span all directions, as a local plane must."""
+    for point in used:
+        near = used[np.argsort(np.linalg.norm(used - point, axis=1))[:_NEIGHBOURS]]
+        if np.linalg.matrix_rank(np.c_[np.ones(len(near)), near]) <= used.shape[1]:
+            return False
+    return True
 
 
 def total(predictions: Iterable[Prediction]) -> Prediction:
     """One after the other: figures add; errors of different operations partly cancel.
 
-    Intervals add in quadrature, and half of the linear sum goes on top for what all errors share.
+    Intervals add half in quadrature and half linearly: a part of the errors is shared by all.
     """
     found = list(predictions)
-    value = sum(p.latency_s for p in found)
-    up = [p.hi_s - p.latency_s for p in found]
-    down = [p.latency_s - p.lo_s for p in found]
-    joined = [0.5 * math.sqrt(sum(e * e for e in side)) + 0.5 * sum(side) for side in (down, up)]
-    energies = [p.energy_j for p in found]
-    energy = None if any(e is None for e in energies) else sum(e for e in energies if e is not None)
+    value, lo, hi = _sum([(p.latency_s, p.lo_s, p.hi_s) for p in found])
     tiers = {p.tier for p in found}
-    order = ("extrapolated", "interpolated", "hit")
-    tier = next((t for t in order if t in tiers), "hit")
-    return Prediction(value, max(0.0, value - joined[0]), value + joined[1], energy, tier)
+    tier = next((t for t in _TIERS if t in tiers), "hit")
+    energies = [
+        (p.energy_j, p.energy_lo_j, p.energy_hi_j)
+        for p in found
+        if p.energy_j is not None and p.energy_lo_j is not None and p.energy_hi_j is not None
+    ]
+    if not found or len(energies) < len(found):
+        return Prediction(value, lo, hi, None, tier)
+    energy, energy_lo, energy_hi = _sum(energies)
+    return Prediction(value, lo, hi, energy, tier, energy_lo, energy_hi)
+
+
+def _sum(figures: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The sum of values, and its interval."""
+    value = math.fsum(v for v, _, _ in figures)
+    down = [v - lo for v, lo, _ in figures]
+    up = [hi - v for v, _, hi in figures]
+    joined = [0.5 * math.hypot(*side) + 0.5 * math.fsum(side) for side in (down, up)]
+    return value, max(0.0, value - joined[0]), value + joined[1]
+
+
+def _quantile(sizes: Floats) -> float:
+    """The 95 % quantile of the next one: where there are too few for it, twice the largest."""
+    if not len(sizes):
+        return _UNKNOWN_SPREAD
+    rank = math.ceil((len(sizes) + 1) * _LEVEL)
+    return float(np.sort(sizes)[rank - 1] if rank <= len(sizes) else 2 * sizes.max())
 
 
 def _bytes(op: Op) -> float:

@@ -17,13 +17,13 @@ KEPT = (1.0, 0.5, 0.75, 0.27, 0.12, 0.63, 0.9)
 
 VITS = {"DeiT-Ti": (192, 3), "DeiT-S": (384, 6), "DeiT-B": (768, 12)}  # width, heads
 VIT_TOKENS = 197
-# tokens of one forward, (inputs, outputs) of its linears
+# tokens of one forward, heads and their width, (inputs, outputs) of its linears
 DIFFUSION = {
-    "DiT-XL": (256, ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))),
-    "SDXL 1280": (1024, ((1280, 1280), (1280, 10240), (5120, 1280))),
-    "SDXL 640": (4096, ((640, 640), (640, 5120), (2560, 640))),
-    "SD3": (4096, ((1536, 1536), (1536, 6144), (6144, 1536))),
-    "FLUX": (4608, ((3072, 3072), (3072, 12288), (12288, 3072))),
+    "DiT-XL": (256, 16, 72, ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))),
+    "SDXL 1280": (1024, 20, 64, ((1280, 1280), (1280, 10240), (5120, 1280))),
+    "SDXL 640": (4096, 10, 64, ((640, 640), (640, 5120), (2560, 640))),
+    "SD3": (4096, 24, 64, ((1536, 1536), (1536, 6144), (6144, 1536))),
+    "FLUX": (4608, 24, 128, ((3072, 3072), (3072, 12288), (12288, 3072))),
 }
 
 
@@ -76,24 +76,32 @@ def _tiles(batch: int, dtype: str) -> Iterator[Op]:
         for density in DENSITIES:
             for width, _ in reversed(VITS.values()):
                 for inputs, outputs in _linears(width):
-                    shape = (batch * VIT_TOKENS, outputs, inputs)
-                    yield Op("linear", shape, dtype, "block_sparse", density, block)
+                    yield _tiles_of((batch * VIT_TOKENS, outputs, inputs), dtype, density, block)
+
+
+def _tiles_of(
+    shape: tuple[int, int, int], dtype: str, density: float, block: tuple[int, int]
+) -> Op:
+    """Whole tiles, so that a model's layer of that many is found verbatim."""
+    grid = -(-shape[1] // block[0]) * -(-shape[2] // block[1])
+    return Op.tiles(shape, dtype, block, max(1, round(density * grid)))
 
 
 def _pointwise(batch: int, dtype: str) -> Iterator[Op]:
     for width, _ in VITS.values():
         yield Op("layer_norm", (batch * VIT_TOKENS, width), dtype)
         for kept in KEPT:
-            yield Op("gelu", (batch * VIT_TOKENS, max(8, round(4 * width * kept))), dtype)
+            wide = max(8, round(4 * width * kept))
+            yield Op("gelu", (batch * VIT_TOKENS, wide), dtype)
+            yield Op("silu", (batch * VIT_TOKENS, wide), dtype)
 
 
 def _diffusion(batch: int, dtype: str) -> Iterator[Op]:
     if batch != 1:
         return
-    for tokens, linears in DIFFUSION.values():
+    for tokens, heads, width, linears in DIFFUSION.values():
+        yield Op("attention", (1, heads, tokens, width, width), dtype)
         for inputs, outputs in linears:
             yield Op("linear", (tokens, outputs, inputs), dtype)
             for density in DENSITIES:
-                yield Op(
-                    "linear", (tokens, outputs, inputs), dtype, "block_sparse", density, (64, 64)
-                )
+                yield _tiles_of((tokens, outputs, inputs), dtype, density, (64, 64))

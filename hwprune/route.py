@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from hwprune.device import ProfileError, list_devices, read_profile
 from hwprune.layers import BlockSparseLinear, CompactLinear
-from hwprune.network import NAMES
-from hwprune.ops import Op
+from hwprune.ops import NAMES, Op
 from hwprune.predict import CostModel, UnknownOp
 from hwprune.profiling import this_device
 

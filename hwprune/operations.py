@@ -1,0 +1,389 @@
+"""The operations of a model, read off a forward pass, or off its layers under a plan that is not realised yet.
+
+Both ways agree exactly. What multiplies and is no operation of a profile is named, never left out silently.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hwprune.cost import Structure, dense_structure, input_rows
+from hwprune.layers import BlockSparseLinear, SlimAttention
+from hwprune.ops import NAMES, Op
+from hwprune.units import AttentionLayer, Layer, get_linear
+
+# By class name, as timm has GELU classes of its own; the tanh form is costed as the other.
+_POINTWISE = {"GELU": "gelu", "GELUTanh": "gelu", "SiLU": "silu", "Swish": "silu"}
+# By full name: BEiT, SAM and others have an "Attention" with position biases, which is another operation.
+_ATTENTION = (
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.vision_transformer.Attention",  # its place before timm 1.0.17
+    "timm.models.eva.EvaAttention",
+)
+
+
+class UncountedModules(ValueError):
+    """A model multiplies where no operation of a profile stands for it, so its cost would be wrong."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a forward is made of.
+
+    Attributes:
+        parts: (module name, operation) in the order they ran.
+        left_out: module name -> multiply-accumulates of the batch that no operation stands for.
+    """
+
+    parts: tuple[tuple[str, Op], ...]
+    left_out: Mapping[str, float]
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations alone."""
+        return [op for _, op in self.parts]
+
+
+def operations(model: nn.Module, x: Tensor) -> list[Op]:
+    """The linears, attentions, activations and layer norms of one forward, in order.
+
+    A patch embedding, additions, rotations, gating products and other norms are no operations: they belong to
+    the residual that `NetworkModel` fits. Products are those that torch's FLOP counter knows.
+
+    Args:
+        model: dense or realised.
+        x: the batch it will run, in the type it will run in.
+
+    Raises:
+        UncountedModules: modules multiply that no operation stands for; says which.
+        ValueError: a type that no profile measures.
+    """
+    return count_operations(model, x).ops
+
+
+def count_operations(model: nn.Module, x: Tensor, *, partly: bool = False) -> Counted:
+    """`operations` with the modules they belong to.
+
+    Args:
+        model: dense or realised.
+        x: the batch.
+        partly: hand back what was left out instead of raising.
+
+    Raises:
+        UncountedModules: not `partly`, and modules multiply that no operation stands for.
+        ValueError: a type that no profile measures.
+    """
+    parts: list[tuple[str, Op]] = []
+    stack: list[str] = []
+    products = _Products(stack)
+    handles = []
+    modules = dict(model.named_modules())
+
+    def enter(name: str) -> Any:
+        return lambda *_: stack.append(name)
+
+    def leave(name: str) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+        ) -> None:
+            stack.pop()
+            given = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(given, Tensor) and given.numel():
+                found = _op_of(name, module, given, out)
+                if found is not None:
+                    parts.append((name, found))
+
+        return hook
+
+    for name, module in modules.items():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
+    try:
+        with torch.no_grad(), _evaluating(model), sdpa_kernel(SDPBackend.MATH), products:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    counted = {name for name, op in parts if op.kind in ("linear", "attention")}
+    left = {
+        name: macs
+        for name, macs in products.macs.items()
+        if name not in counted and not isinstance(modules[name], BlockSparseLinear)
+    }
+    unknown = {name: macs for name, macs in left.items() if not _embeds_patches(modules[name])}
+    if unknown and not partly:
+        whole = sum(products.macs.values())
+        told = ", ".join(
+            f"{name or 'the model itself'} ({type(modules[name]).__name__}, {macs / whole:.1%})"
+            for name, macs in sorted(unknown.items(), key=lambda item: -item[1])[:4]
+        )
+        raise UncountedModules(
+            f"{len(unknown)} module(s) multiply in a way no profile measures: {told} of all "
+            "multiply-accumulates; predict their cost otherwise, or measure the model"
+        )
+    return Counted(tuple(parts), left)
+
+
+class _Products(TorchDispatchMode):
+    """Adds up multiply-accumulates under the module that runs."""
+
+    def __init__(self, stack: list[str]) -> None:
+        from torch.utils.flop_counter import flop_registry  # brings triton where installed
+
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: defaultdict[str, float] = defaultdict(float)
+        self._stack, self._formulas = stack, flop_registry
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None and self._stack:
+            self.macs[self._stack[-1]] += formula(*args, **(kwargs or {}), out_val=out) / 2
+        return out
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, and back to what each module was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    """A convolution whose windows do not overlap: no plan touches it, so the residual holds it."""
+    return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) == tuple(module.stride)
+
+
+def _op_of(name: str, module: Any, given: Tensor, out: Any) -> Op | None:
+    """The operation of a module that ran, or None."""
+    if isinstance(module, BlockSparseLinear):
+        if not len(module.values):
+            return None
+        n, k, block = module.out_features, module.in_features, module.block
+        m = given.numel() // k
+        return Op.tiles((m, n, k), _dtype(name, given), (block[0], block[1]), len(module.values))
+    if isinstance(module, nn.Linear):
+        k, n = module.in_features, module.out_features
+        return Op("linear", (given.numel() // k, n, k), _dtype(name, given))
+    if isinstance(module, SlimAttention) or _is_attention(module):
+        d = getattr(module, "qk_width", None) or module.head_dim
+        e = getattr(module, "v_width", None) or module.head_dim
+        b, t = given.shape[0], given.shape[1]
+        return Op("attention", (b, module.num_heads, t, d, e), _dtype(name, given))
+    kind = _pointwise(module)
+    if kind is None:
+        return None
+    width = given.shape[-1]
+    return Op(kind, (given.numel() // width, width), _dtype(name, given))
+
+
+def _is_attention(module: Any) -> bool:
+    """timm's own attention, over scaled_dot_product_attention, each head with its own keys."""
+    return (
+        f"{type(module).__module__}.{type(module).__qualname__}" in _ATTENTION
+        and bool(getattr(module, "fused_attn", False))
+        and getattr(module, "num_kv_groups", 1) == 1
+    )
+
+
+def _pointwise(module: object) -> str | None:
+    if isinstance(module, nn.LayerNorm):
+        return "layer_norm"
+    return _POINTWISE.get(type(module).__name__)
+
+
+def _dtype(name: str, given: Tensor) -> str:
+    if given.dtype not in NAMES:
+        raise ValueError(
+            f"{name}: expected {', '.join(sorted(NAMES.values()))}, got {given.dtype}, which no profile "
+            "measures"
+        )
+    return NAMES[given.dtype]
+
+
+def layer_operations(
+    model: nn.Module,
+    layer: Layer,
+    keep: Structure,
+    *,
+    images: int,
+    tokens: int,
+    dtype: str,
+    block: tuple[int, int] = (0, 0),
+) -> list[Op]:
+    """The operations of one layer under a structure; an emptied layer has none.
+
+    Args:
+        model: dense, for the sizes.
+        layer: of a family's `find_layers`.
+        keep: what is left of it. With `weights` (stored weights of each linear) linears run as tiles.
+        images: of a batch.
+        tokens: of an image in this layer.
+        dtype: fp32, fp16 or bf16.
+        block: of the tiles, where `keep.weights` is given.
+
+    Raises:
+        ValueError: stored weights that are no whole number of tiles.
+    """
+    dense = dense_structure(layer)
+    linears = _tiled if keep.weights is not None else _cut
+    whole = dense if keep.weights is not None else keep
+    if isinstance(layer, AttentionLayer):
+        assert whole.heads is not None and whole.qk is not None and whole.v is not None
+        if not whole.heads * whole.v:
+            return []
+    elif not whole.neurons:
+        return []
+    found = linears(model, layer, keep, images * tokens, dtype, block)
+    return [*found, *_inner(model, layer, whole, images, tokens, dtype)]
+
+
+def _cut(
+    model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str, _: tuple[int, int]
+) -> list[Op]:
+    """The linears of a layer with whole units gone."""
+    sums: dict[str, int] = {}
+    for rows, field in input_rows(layer):
+        if field == "neurons":
+            width = keep.neurons or 0
+        else:
+            width = (keep.heads or 0) * ((keep.qk if field == "qk" else keep.v) or 0)
+        sums[rows.linear] = sums.get(rows.linear, 0) + width
+    first = get_linear(model, next(iter(sums)))
+    found = [
+        Op("linear", (m, wide, get_linear(model, name).in_features), dtype)
+        for name, wide in sums.items()
+    ]
+    if isinstance(layer, AttentionLayer) and keep != dense_structure(layer):
+        # A cut attention has one fused projection, whatever the dense one had.
+        found = [Op("linear", (m, sum(sums.values()), first.in_features), dtype)]
+    out = get_linear(model, layer.out)
+    inner = keep.neurons if keep.neurons is not None else (keep.heads or 0) * (keep.v or 0)
+    return [*found, Op("linear", (m, out.out_features, inner), dtype)]
+
+
+def _tiled(
+    model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str, block: tuple[int, int]
+) -> list[Op]:
+    """The linears of a layer cut by tiles; those not named in `keep.weights` stay dense."""
+    assert keep.weights is not None
+    found = []
+    for name in dict.fromkeys([rows.linear for rows, _ in input_rows(layer)] + [layer.out]):
+        linear = get_linear(model, name)
+        n, k = linear.out_features, linear.in_features
+        if name not in keep.weights:
+            found.append(Op("linear", (m, n, k), dtype))
+            continue
+        if min(block) < 1:
+            raise ValueError(f"{name}: expected the block of its tiles, got {block}")
+        kept, rest = divmod(keep.weights[name], block[0] * block[1])
+        grid = -(-n // block[0]) * -(-k // block[1])
+        if rest or not 0 <= kept <= grid:
+            raise ValueError(
+                f"{name}: expected 0 to {grid} whole tiles of {block}, got {keep.weights[name]} weights"
+            )
+        if kept == grid:
+            found.append(Op("linear", (m, n, k), dtype))
+        elif kept:
+            found.append(Op.tiles((m, n, k), dtype, block, kept))
+    return found
+
+
+def _inner(
+    model: nn.Module, layer: Layer, keep: Structure, images: int, tokens: int, dtype: str
+) -> list[Op]:
+    """Attention, or the activation of an MLP, and the norms inside."""
+    module: Any = model.get_submodule(layer.name)
+    m, found = images * tokens, []
+    if isinstance(layer, AttentionLayer):
+        assert keep.heads and keep.qk and keep.v
+        if not _is_attention(module):
+            raise UncountedModules(
+                f"{layer.name}: attention of type {type(module).__name__} is none that a profile measures"
+            )
+        found.append(Op("attention", (images, keep.heads, tokens, keep.qk, keep.v), dtype))
+        for norm in ("q_norm", "k_norm"):
+            if _pointwise(getattr(module, norm, None)):
+                found.append(Op("layer_norm", (m * keep.heads, keep.qk), dtype))
+        wide = keep.heads * keep.v
+        gate = getattr(module, "gate", None)
+        if isinstance(gate, nn.Linear):
+            found.append(Op("linear", (m, gate.out_features, gate.in_features), dtype))
+    else:
+        assert keep.neurons
+        wide = keep.neurons
+        kind = _pointwise(getattr(module, "act", None))
+        if kind is not None:
+            found.append(Op(kind, (m, wide), dtype))
+    if _pointwise(getattr(module, "norm", None)):
+        found.append(Op("layer_norm", (m, wide), dtype))
+    return found
+
+
+def plan_operations(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    keep: Mapping[str, Structure],
+    x: Tensor,
+    *,
+    block: tuple[int, int] = (0, 0),
+) -> list[Op]:
+    """The operations of a whole model under a plan that is not realised.
+
+    Args:
+        model: dense.
+        layers: its prunable layers.
+        keep: layer name -> what is left of it; layers left out stay dense.
+        x: the batch it will run.
+        block: of the tiles, where a structure has `weights`.
+
+    Raises:
+        UncountedModules: as `operations`.
+        ValueError: `keep` names a layer the model does not have.
+    """
+    names = {layer.name for layer in layers}
+    if unknown := sorted(set(keep) - names):
+        raise ValueError(
+            f"expected layers of the model, got {unknown[0]!r}; it has {sorted(names)[:4]} ..."
+        )
+    parts = count_operations(model, x).parts
+    found: list[Op] = []
+    inside: dict[str, list[Op]] = {name: [] for name in names}
+    for name, op in parts:
+        owner = next((n for n in names if name == n or name.startswith(f"{n}.")), None)
+        (found if owner is None else inside[owner]).append(op)
+    for layer in layers:
+        if layer.name not in keep:
+            found += inside[layer.name]
+            continue
+        first = next((op for op in inside[layer.name] if op.kind == "linear"), None)
+        if first is None:
+            continue  # it does not run
+        tokens = first.shape[0] // len(x)
+        found += layer_operations(
+            model,
+            layer,
+            keep[layer.name],
+            images=len(x),
+            tokens=tokens,
+            dtype=first.dtype,
+            block=block,
+        )
+    return found

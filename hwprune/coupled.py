@@ -257,10 +257,13 @@ def _narrow_(
         weight = weight.new_empty((high, wide, *weight.shape[2:]))
         bias = bias.new_empty(high) if bias is not None else None
     else:
+        # By indices, not by the mask: their number is known on the meta device too.
         if rows is not None:
-            weight = weight[rows.to(weight.device)]
-            bias = bias[rows.to(weight.device)] if bias is not None else None
-        weight = weight[:, columns.to(weight.device)] if columns is not None else weight
+            kept = rows.nonzero()[:, 0].to(weight.device)
+            weight = weight[kept]
+            bias = bias[kept] if bias is not None else None
+        if columns is not None:
+            weight = weight[:, columns.nonzero()[:, 0].to(weight.device)]
         weight, bias = weight.clone(), bias.clone() if bias is not None else None
     module.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hwprune.exits import plainly
+from hwprune.exits import plainly, say
 from hwprune.terminal import STDOUT, Steps, check_json, show, write_json
 
 
@@ -82,8 +83,12 @@ def profile(
         target = out or Path(f"{name}.json")
         if target.suffix != ".json":
             raise ValueError(f"--out: expected a .json file, got {target}")
-        if not target.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--out {target}: its folder does not exist")
+        folder = target.absolute().parent
+        if not folder.is_dir() or target.is_dir():
+            what = f"{target} is a folder" if target.is_dir() else f"{folder} does not exist"
+            raise FileNotFoundError(f"--out: {what}; expected a file in a folder that exists")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"--out: no permission to write into {folder}")
         partial = target.with_name(f".{target.stem}.partial.json")
         if fresh:
             partial.unlink(missing_ok=True)
@@ -95,6 +100,7 @@ def profile(
             partial=partial,
             command=shlex.join(["hwprune", *sys.argv[1:]]),
             progress=steps,
+            note=say,
         )
         found.save(target)
         told = _summary(target)
@@ -133,11 +139,10 @@ def _summary(path: Path) -> dict[str, Any]:
         found = read_profile(path)
     except (ProfileError, OSError) as error:
         return {"file": str(path), "error": str(error)}
-    latency = len(found.entries)
     return {
         "file": str(path),
         "device": found.key,
-        "entries": latency,
+        "entries": len(found.entries),
         "with_energy": sum(entry.energy_j is not None for entry in found.entries),
         "ambiguous": sum(entry.status != "ok" for entry in found.entries),
         "energy_reason": found.sensor.get("reason"),

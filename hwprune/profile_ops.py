@@ -1,7 +1,7 @@
 """Which operations a device profile measures: the shapes that pruned ViTs and diffusion models have.
 
 Ordered so that a run that is cut short has what matters first: dense linears of ViTs whole and pruned,
-attention with narrower heads, tiles at three densities, then the diffusion models.
+attention with narrower heads, activations and norms, tiles at three densities, then the diffusion models.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def profile_ops(batches: Sequence[int], dtypes: Sequence[str]) -> list[Op]:
         dtypes: fp32, fp16, bf16.
     """
     found: dict[Op, None] = {}
-    for make in (_whole, _pruned, _attention, _tiles, _pointwise, _diffusion):
+    for make in (_whole, _pruned, _attention, _pointwise, _tiles, _diffusion):
         for dtype in dtypes:
             for batch in batches:
                 found.update(dict.fromkeys(make(batch, dtype)))

@@ -6,77 +6,75 @@ not reached is not in the profile. It goes on where it was stopped: each round i
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from hwprune.device import DeviceProfile, Entry, device_key
-from hwprune.meter.arms import Arm
-from hwprune.meter.energy_window import EnergyWindow
+from hwprune.device import DeviceProfile, Entry, device_key, software_here
+from hwprune.meter.arms import describe
+from hwprune.meter.clock import Clock, RealClock
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.modes import Runnable, capture
 from hwprune.meter.open import open_source
-from hwprune.meter.provenance import provenance
+from hwprune.meter.provenance import load_average, provenance
 from hwprune.meter.rounds import of_arm
-from hwprune.meter.schedule import chunks
 from hwprune.meter.source import EnergySource
-from hwprune.meter.timing import make_timer, noise_rel
-from hwprune.meter.window import energy_of
+from hwprune.meter.timing import Call, Timer, make_timer, noise_rel
 from hwprune.ops import Op, Pool, runnable
+from hwprune.profile_power import Anchors, measure_powers, with_power
+from hwprune.profile_state import State, claimed
 
 Progress = Callable[[str, int, int], None]  # (step, done, total)
+Note = Callable[[str], None]
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 16
 _BLOCK_S = 0.015  # of calls of one operation in a round
+_REPLAY_S = 2e-3  # of a CUDA graph
 _TOO_LONG_S = 3.0  # an operation that would eat the time of a hundred others
 _FIRST_PASS = 0.3  # share of the time for seeing each operation once
+_SAVE_EVERY = 32  # operations of the first pass
 _AMBIGUOUS_REL = 0.05
-_ANCHOR_S = 6.0  # of an energy window with its ramp
 _ENERGY_SHARE = 0.4  # of the time, where there is a sensor
 
 
 @dataclass
-class _State:
-    """What was measured so far: per operation one median a round."""
+class Bench:
+    """What measures: the device's own instruments, or a test's.
 
-    times_s: dict[Op, list[float]] = field(default_factory=dict)
-    worst_s: dict[Op, float] = field(default_factory=dict)
-    rounds: int = 0
+    Attributes:
+        timer: of calls.
+        clock: of the run.
+        source: of energy.
+        by_cpu_time: take the CPU time of calls instead of their wall time.
+        capture: makes a CUDA graph of some calls; None = they are run as they are.
+        make: an operation, ready to be called.
+        noise: of the machine.
+    """
 
-    def save(self, path: Path, key: str) -> None:
-        found = [
-            {"op": op.to_dict(), "times_s": times, "worst_s": self.worst_s[op]}
-            for op, times in self.times_s.items()
-        ]
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        fresh.write_text(json.dumps({"key": key, "rounds": self.rounds, "ops": found}))
-        fresh.replace(path)
+    timer: Timer
+    clock: Clock
+    source: EnergySource | Unavailable
+    by_cpu_time: bool = False
+    capture: Callable[[Call, torch.device, int], Runnable] | None = None
+    make: Callable[[Op, Pool], Callable[[], Tensor]] = runnable
+    noise: Callable[[Timer], float] = noise_rel
 
-    @classmethod
-    def load(cls, path: Path, key: str) -> _State:
-        """What a stopped run left, of the same device and versions; empty otherwise."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(path.read_text())
-            if found["key"] == key:
-                ops = [Op.from_dict(entry["op"]) for entry in found["ops"]]
-                times = [[float(t) for t in entry["times_s"]] for entry in found["ops"]]
-                worst = [float(entry["worst_s"]) for entry in found["ops"]]
-                return cls(
-                    dict(zip(ops, times, strict=True)),
-                    dict(zip(ops, worst, strict=True)),
-                    int(found["rounds"]),
-                )
-        return cls()
+
+def make_bench(device: torch.device) -> Bench:
+    """The instruments of a device."""
+    # One thread's CPU time is its latency on a machine that does nothing else, and neighbours add less to it.
+    by_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
+    graphs = capture if device.type == "cuda" else None
+    return Bench(make_timer(device), RealClock(), open_source(device), by_cpu_time, graphs)
 
 
 def measure_device(
@@ -89,6 +87,8 @@ def measure_device(
     command: str = "",
     seed: int = 0,
     progress: Progress | None = None,
+    note: Note | None = None,
+    bench: Bench | None = None,
 ) -> DeviceProfile:
     """Measure operations within a time.
 
@@ -101,98 +101,212 @@ def measure_device(
         command: how it was called, for the provenance.
         seed: of the order.
         progress: called with ("first pass" | "rounds" | "energy", done, total).
+        note: called with a line for the user, about a stopped run that was found.
+        bench: a test's instruments.
 
     Raises:
-        ValueError: the time is too short for any operation to have five rounds.
+        ValueError: no operations, no time, or too little of it for any operation to have five rounds;
+            another run measures into the same `partial`.
     """
-    source = open_source(device)
-    about = provenance(device, source)
-    timer, pool = make_timer(device), Pool(device)
-    # One thread's CPU time is its latency on a machine that does nothing else, and neighbours add less to it.
-    by_cpu_time = device.type == "cpu" and torch.get_num_threads() == 1
-    noise = noise_rel(timer)
-    end = time.monotonic() + 60 * minutes
-    latency_end = end - (0 if isinstance(source, Unavailable) else 60 * minutes * _ENERGY_SHARE)
-    key = f"{_about_device(about)} {about['versions']}"
-    state = _State.load(partial, key) if partial is not None else _State()
-    failed: dict[Op, str] = {}
-
-    def once(op: Op) -> bool:
-        try:
-            see(op)
-        except (RuntimeError, ValueError) as error:  # out of memory, a kernel this device refuses
-            failed[op] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            return False
-        return True
-
-    def see(op: Op) -> None:
-        call = runnable(op, pool)
-        call()
-        if device.type == "cuda":
-            roughly = timer.block(call, 3).median_s
-            repeats = max(1, min(200, round(2e-3 / roughly)))
-            graph = capture(call, device, repeats)
-            block, repeats = timer.block(graph.call, 5), graph.per_call
-        else:
-            first = timer.block(call, 1).median_s
-            block, repeats = timer.block(call, max(1, min(50, round(_BLOCK_S / first)))), 1
-        seconds = block.cpu_s / len(block.times_s) if by_cpu_time else block.median_s / repeats
-        state.times_s.setdefault(op, []).append(seconds)
-        worst = float(np.quantile(block.times_s, 0.95)) / repeats
-        state.worst_s[op] = max(state.worst_s.get(op, 0.0), worst)
-
-    with torch.no_grad():
-        wanted = _first_pass(ops, state, once, latency_end, progress)
-        if partial is not None:
-            state.save(partial, key)
-        order = random.Random(seed + state.rounds)
-        most = max(MOST_ROUNDS, FEWEST_ROUNDS)
-        while state.rounds < most and time.monotonic() < latency_end:
-            turn = order.sample(wanted, len(wanted))
-            for i, op in enumerate(turn):
-                if i % 16 == 0 and state.rounds >= FEWEST_ROUNDS and time.monotonic() > latency_end:
-                    break
-                if op not in failed:
-                    once(op)
-            else:
-                state.rounds += 1
-                if partial is not None:
-                    state.save(partial, key)
-                if progress is not None:
-                    progress("rounds", state.rounds, most)
-                continue
-            break
-        made = [_entry(op, state, device) for op in wanted if op not in failed]
-        entries = {entry.op: entry for entry in made if entry is not None}
-        if not entries:
-            raise ValueError(
-                f"profile: {minutes:g} minutes gave no operation {FEWEST_ROUNDS} rounds; give more with "
-                "--minutes"
+    if not ops or not 0 < minutes < float("inf"):
+        raise ValueError(f"expected operations and minutes > 0, got {len(ops)} and {minutes}")
+    with ExitStack() as stack:
+        stack.enter_context(claimed(partial))
+        bench = bench or make_bench(device)
+        if not isinstance(bench.source, Unavailable):
+            stack.callback(bench.source.close)
+        run = _Run(device, bench, partial, minutes, seed, progress)
+        if note is not None and run.found:
+            note(run.found)
+        with torch.no_grad():
+            run.first_pass(ops)
+            run.rounds()
+            entries = run.entries()
+            if not entries:
+                why = (
+                    f"; the first failure: {next(iter(run.failed.values()))}" if run.failed else ""
+                )
+                raise ValueError(
+                    f"profile: {minutes:g} minutes gave no operation {FEWEST_ROUNDS} rounds; give more with "
+                    f"--minutes{why}"
+                )
+            anchors = measure_powers(
+                entries, bench.source, device, run.ready, run.end_s, bench.clock, progress
             )
-        powers = _powers(list(entries), state, source, device, pool, end, progress)
-    measured = [_with_power(entry, powers.get(op)) for op, entry in entries.items()]
+        profile = run.profile(name, with_power(entries, anchors), anchors, len(ops), command)
     if partial is not None:
         partial.unlink(missing_ok=True)
-    about |= {
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        "command": command,
-        "seed": seed,
-        "backend": None if isinstance(source, Unavailable) else source.caps.backend,
-        "rounds": state.rounds,
-        "noise_rel": noise,
-        "aa_ratio_latency": _aa(list(entries), state),
-        "clock": "thread CPU time"
-        if by_cpu_time
-        else "wall"
-        if device.type == "cpu"
-        else "CUDA events",
-        "not_reached": len(ops) - len(measured),
-        "failed": [{**op.to_dict(), "reason": reason} for op, reason in failed.items()],
-    }
-    sensor = about.pop("sensor", None)
-    told = {"source": None, "reason": about.pop("sensor_reason", "")} if sensor is None else sensor
-    software = about.pop("versions") | {"python": about.pop("python"), "os": about.pop("os")}
-    return DeviceProfile(name, _about_device(about), software, told, tuple(measured), about)
+    return profile
+
+
+class _Run:
+    """One run: what there is to measure, what was measured, and until when."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        bench: Bench,
+        partial: Path | None,
+        minutes: float,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.device, self.bench, self.partial, self.seed = device, bench, partial, seed
+        self.progress, self.pool = progress, Pool(device)
+        self.about = provenance(device, bench.source)
+        self.key = f"{_about_device(self.about)} {self.about['versions']}"
+        self.state, self.found = State.load(partial, self.key) if partial else (State(), "")
+        self.start_s = self.now_s()
+        self.end_s = self.start_s + 60 * minutes
+        share = 0.0 if isinstance(bench.source, Unavailable) else _ENERGY_SHARE
+        self.latency_end_s = self.end_s - 60 * minutes * share
+        self.noise_before = bench.noise(bench.timer)
+        self.failed: dict[Op, str] = {}
+        self.wanted: list[Op] = []
+
+    def now_s(self) -> float:
+        """Seconds of the run's clock."""
+        return self.bench.clock.now_ns() / 1e9
+
+    def ready(self, op: Op, target_s: float) -> Runnable:
+        """An operation ready to be called over and over: a graph of about `target_s`, or itself."""
+        call = self.bench.make(op, self.pool)
+        call()
+        if self.bench.capture is None:
+            return Runnable(call)
+        roughly = self.bench.timer.block(call, 3).median_s
+        repeats = max(1, min(200, round(target_s / roughly)))
+        return self.bench.capture(call, self.device, repeats)
+
+    def once(self, op: Op) -> bool:
+        """Time an operation; False where it fails, which is noted and ends nothing else."""
+        timer = self.bench.timer
+        try:
+            ready = self.ready(op, _REPLAY_S)
+            calls = 5
+            if self.bench.capture is None:
+                calls = max(1, min(50, round(_BLOCK_S / timer.block(ready.call, 1).median_s)))
+            block = timer.block(ready.call, calls)
+            seconds = block.cpu_s / calls if self.bench.by_cpu_time else block.median_s
+            if not seconds > 0:
+                raise RuntimeError(f"the clock says that {calls} call(s) took {seconds} s")
+        except (
+            Exception
+        ) as error:  # out of memory, a kernel this device refuses: others are worth having
+            self.failed[op] = describe(error)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return False
+        worst_s = float(np.quantile(block.times_s, 0.95))
+        self.state.add(op, seconds / ready.per_call, worst_s / ready.per_call)
+        return True
+
+    def save(self) -> None:
+        """Keep what there is."""
+        if self.partial is not None:
+            self.state.save(self.partial, self.key)
+
+    def first_pass(self, ops: Sequence[Op]) -> None:
+        """See operations once, in order, while the time for all later rounds still holds."""
+        began_s, cost_s = self.now_s(), 0.0
+        available_s = (self.latency_end_s - began_s) * (1 - _FIRST_PASS)
+        for i, op in enumerate(dict.fromkeys(ops)):
+            if op not in self.state.times_s:
+                if self.now_s() - began_s > (self.latency_end_s - began_s) * _FIRST_PASS:
+                    break
+                start_s = self.now_s()
+                seen = self.once(op)
+                spent_s = self.now_s() - start_s
+                if i % _SAVE_EVERY == _SAVE_EVERY - 1:
+                    self.save()
+                if not seen:
+                    continue
+            else:
+                spent_s = _BLOCK_S + 3 * self.state.times_s[op][0]
+            if spent_s > _TOO_LONG_S or (cost_s + spent_s) * FEWEST_ROUNDS > available_s:
+                continue
+            cost_s += spent_s
+            self.wanted.append(op)
+            if self.progress is not None and i % 16 == 0:
+                self.progress("first pass", i + 1, len(ops))
+        if self.progress is not None:
+            self.progress("first pass", len(ops), len(ops))
+        self.save()
+
+    def rounds(self) -> None:
+        """All wanted operations in random order, again and again; the least useful go if time is short."""
+        order = random.Random(self.seed + self.state.rounds)
+        state = self.state
+        while state.rounds < MOST_ROUNDS and self.wanted:
+            if state.rounds >= FEWEST_ROUNDS and self.now_s() > self.latency_end_s:
+                break
+            start_s = self.now_s()
+            for i, op in enumerate(order.sample(self.wanted, len(self.wanted))):
+                late = i % 16 == 0 and self.now_s() > self.latency_end_s
+                if late and state.rounds >= FEWEST_ROUNDS:
+                    return
+                if op not in self.failed:
+                    self.once(op)
+            state.rounds += 1
+            self.save()
+            if self.progress is not None:
+                self.progress("rounds", state.rounds, MOST_ROUNDS)
+            needed_s = (self.now_s() - start_s) * (FEWEST_ROUNDS - state.rounds)
+            left_s = max(0.0, self.latency_end_s - self.now_s())
+            if needed_s > left_s:  # the first pass was told a quicker machine
+                self.wanted = self.wanted[: int(len(self.wanted) * left_s / needed_s)]
+
+    def entries(self) -> list[Entry]:
+        """The median over rounds; the first, which also warmed up, is not among them."""
+        found = []
+        for op in self.wanted:
+            times = self.state.times_s[op][1:]
+            if op in self.failed or len(times) < FEWEST_ROUNDS - 1:
+                continue
+            figure = of_arm(times)
+            if not isinstance(figure, Estimate):
+                continue
+            status = "ok" if figure.half_width_rel <= _AMBIGUOUS_REL else "ambiguous"
+            mode = "eager" if self.bench.capture is None else "graph"
+            ends = (figure.value, figure.lo, figure.hi, figure.n)
+            found.append(Entry(op, *ends, self.state.worst_s[op], status=status, mode=mode))
+        return found
+
+    def profile(
+        self, name: str, entries: Sequence[Entry], anchors: Anchors, asked: int, command: str
+    ) -> DeviceProfile:
+        """Everything with where it comes from."""
+        about, source = dict(self.about), self.bench.source
+        clock = "thread CPU time" if self.bench.by_cpu_time else "wall"
+        about |= {
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "command": command,
+            "seed": self.seed,
+            "backend": None if isinstance(source, Unavailable) else source.caps.backend,
+            "rounds": self.state.rounds,
+            "seconds": self.now_s() - self.start_s,
+            "noise_rel": [self.noise_before, self.bench.noise(self.bench.timer)],
+            "load_average_after": load_average(),
+            "aa_ratio_latency": aa_ratio([self.state.times_s[e.op][1:] for e in entries]),
+            "clock": "CUDA events" if self.device.type == "cuda" else clock,
+            "not_reached": asked - len(entries) - len(self.failed),
+            "failed": [{**op.to_dict(), "reason": why} for op, why in self.failed.items()],
+            "energy_failed": [
+                {**op.to_dict(), "reason": why} for op, why in anchors.failed.items()
+            ],
+        }
+        told, reason = about.pop("sensor", None), about.pop("sensor_reason", "")
+        if told is None:
+            sensor: dict[str, Any] = {"source": None, "reason": reason}
+        else:
+            sensor = {"source": told["backend"], **told, "idle_w": anchors.idle_w}
+            if not anchors.windows:
+                sensor["reason"] = next(
+                    iter(anchors.failed.values()), "no time was left for energy"
+                )
+        versions = {**about.pop("versions"), **software_here()}
+        software = versions | {k: about.pop(k) for k in ("python", "os", "cuda")}
+        return DeviceProfile(name, _about_device(about), software, sensor, tuple(entries), about)
 
 
 def _about_device(about: dict[str, Any]) -> dict[str, Any]:
@@ -208,97 +322,13 @@ def this_device(device: torch.device) -> str:
     return device_key(_about_device(provenance(device, Unavailable("not asked"))))
 
 
-def _first_pass(
-    ops: Sequence[Op],
-    state: _State,
-    once: Callable[[Op], bool],
-    end: float,
-    progress: Progress | None,
-) -> list[Op]:
-    """See operations once, in order, while the time for all later rounds still holds; those that fit."""
-    began, wanted, cost_s = time.monotonic(), [], 0.0
-    available = (end - began) * (1 - _FIRST_PASS)
-    for i, op in enumerate(ops):
-        if op not in state.times_s:
-            if time.monotonic() - began > (end - began) * _FIRST_PASS:
-                break
-            start = time.monotonic()
-            if not once(op):
-                continue
-            spent = time.monotonic() - start
-        else:
-            spent = _BLOCK_S + 3 * state.times_s[op][0]
-        if spent > _TOO_LONG_S or (cost_s + spent) * FEWEST_ROUNDS > available:
-            continue
-        cost_s += spent
-        wanted.append(op)
-        if progress is not None and i % 16 == 0:
-            progress("first pass", i + 1, len(ops))
-    return wanted
+def aa_ratio(times: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Even rounds against odd ones, over all operations: 1 where the machine holds still.
 
-
-def _entry(op: Op, state: _State, device: torch.device) -> Entry | None:
-    """The median over rounds; the first, which also warmed up, is not among them."""
-    times = state.times_s[op][1:]
-    if len(times) < FEWEST_ROUNDS - 1:
-        return None
-    found = of_arm(times)
-    if not isinstance(found, Estimate):
-        return None
-    status = "ok" if found.half_width_rel <= _AMBIGUOUS_REL else "ambiguous"
-    mode = "graph" if device.type == "cuda" else "eager"
-    return Entry(
-        op, found.value, found.lo, found.hi, found.n, state.worst_s[op], status=status, mode=mode
-    )
-
-
-def _powers(
-    ops: list[Op],
-    state: _State,
-    source: EnergySource | Unavailable,
-    device: torch.device,
-    pool: Pool,
-    end: float,
-    progress: Progress | None,
-) -> dict[Op, EnergyWindow]:
-    """Power of anchors spread over the list, as many as the time allows; energy is power times latency."""
-    if isinstance(source, Unavailable):
-        return {}
-    count = max(0, min(len(ops), int((end - time.monotonic()) / _ANCHOR_S)))
-    anchors = [ops[round(i * (len(ops) - 1) / max(1, count - 1))] for i in range(count)]
-    found: dict[Op, EnergyWindow] = {}
-    for i, op in enumerate(dict.fromkeys(anchors)):
-        if time.monotonic() > end:
-            break
-        call, call_s = runnable(op, pool), statistics.median(state.times_s[op])
-        ready = Runnable(call)
-        if device.type == "cuda":
-            ready = capture(call, device, max(1, min(200, round(3e-3 / call_s))))
-        arm = Arm("op", call, runnable=ready, call_s=call_s * ready.per_call, calls=1)
-        run_chunk, drain = chunks(arm, device)
-        window = energy_of(source, run_chunk, drain=drain, settle_s=4.0)
-        if isinstance(window, EnergyWindow):
-            found[op] = window
-        if progress is not None:
-            progress("energy", i + 1, len(anchors))
-    return found
-
-
-def _with_power(entry: Entry, window: EnergyWindow | None) -> Entry:
-    """An entry with the power of its window, and its energy."""
-    if window is None or window.status == "discard":
-        return entry
-    power_w = window.average_power_w
-    values = {**entry.__dict__, "power_w": power_w, "energy_j": power_w * entry.latency_s}
-    return Entry(**values)
-
-
-def _aa(ops: Sequence[Op], state: _State) -> dict[str, float]:
-    """Even rounds against odd ones, over all operations: 1 where the machine holds still."""
-    logs = []
-    for op in ops:
-        times = state.times_s[op][1:]
-        even, odd = times[0::2], times[1::2]
-        logs.append(np.log(statistics.median(even) / statistics.median(odd)))
+    Args:
+        times: of each operation, one a round, at least two.
+    """
+    halves = [(statistics.median(t[0::2]), statistics.median(t[1::2])) for t in times]
+    logs = np.log([even / odd for even, odd in halves])
     middle, spread = float(np.median(logs)), float(np.median(np.abs(logs)))
     return {"median": float(np.exp(middle)), "median_abs_error": float(np.expm1(spread))}

@@ -37,7 +37,7 @@ LAYERS = (
         "coupled",
     ),
     ("families", "cost", "statistics", "rotate", "timm_base", "trajectory", "denoiser_cost"),
-    ("operations", "network", "profiling", "route", "memory_cost"),
+    ("operations", "network", "profile_state", "profile_power", "profiling", "route", "memory_cost"),
     ("gating", "prices", "gates", "settling"),
     ("criteria", "distortion", "data", "images", "digits"),
     ("options", "allocate", "repair", "realise", "densify"),

@@ -92,7 +92,7 @@ class Entry:
         try:
             told = found["latency_us"]
             lo, hi = told["ci"]
-            figures = [float(told["median"]), float(lo), float(hi)]
+            figures = [_figure(told["median"]), _figure(lo), _figure(hi)]
             energy, power, p95 = found["energy_uj"], found["power_w"], told.get("p95")
             entry = cls(
                 Op.from_dict(dict(found)),
@@ -100,9 +100,9 @@ class Entry:
                 figures[1] / 1e6,
                 figures[2] / 1e6,
                 rounds=int(told["n_rounds"]),
-                p95_s=None if p95 is None else float(p95) / 1e6,
-                power_w=None if power is None else float(power),
-                energy_j=None if energy is None else float(energy) / 1e6,
+                p95_s=None if p95 is None else _figure(p95) / 1e6,
+                power_w=None if power is None else _figure(power),
+                energy_j=None if energy is None else _figure(energy) / 1e6,
                 status=str(found["status"]),
                 mode=str(found["mode"]),
                 l2=str(found["l2"]),
@@ -189,6 +189,12 @@ class DeviceProfile:
             fresh.unlink(missing_ok=True)
 
 
+def _figure(told: object) -> float:
+    if not isinstance(told, int | float) or isinstance(told, bool):
+        raise ValueError(f"expected a number, got {told!r}")
+    return float(told)
+
+
 def _digits(figure: float) -> float:
     """Nine digits: more than any clock has, and the same after another reading and writing."""
     return float(f"{figure:.9g}")
@@ -241,7 +247,7 @@ def read_profile(path: Path, *, allow_synthetic: bool = False) -> DeviceProfile:
         raise ProfileError(f"{path}: an operation is listed twice: {twice[0]}")
     if not entries:
         raise ProfileError(f"{path}: expected measured operations, got none")
-    synthetic = found["synthetic"] is not False
+    synthetic = found.get("synthetic") is not False
     return DeviceProfile(path.stem, device, software, sensor, entries, about, synthetic)
 
 

@@ -152,9 +152,15 @@ def prune(
     device: Annotated[
         str | None,
         typer.Option(
-            metavar="PROFILE", help="For budgets of latency and energy only", show_default=False
+            metavar="PROFILE",
+            help="For latency and energy: a name of `hwprune devices`, or a file (default: this machine's own)",
+            show_default=False,
         ),
     ] = None,
+    timed_batch: Annotated[
+        int,
+        typer.Option(metavar="N", help="Images of the batch whose latency or energy is limited"),
+    ] = 8,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the images and the probe")] = 0,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="Leave out the closed-form re-fit")
@@ -166,10 +172,13 @@ def prune(
 ) -> None:
     """Prune MODEL to a budget and save it: no labels, no training."""
     with plainly(), Steps() as steps:
-        _refuse_unmeasured(budget, device)
         tile = _tile(block)
         chosen = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
-        for option, value in (("--batch", batch), ("--round-to", round_to)):
+        for option, value in (
+            ("--batch", batch),
+            ("--round-to", round_to),
+            ("--timed-batch", timed_batch),
+        ):
             if value < 1:
                 raise ValueError(f"{option}: expected at least 1, got {value}")
         _check_out(out, force, json)
@@ -207,11 +216,13 @@ def prune(
             net,
             batches,
             limits,
+            device=device,
             kinds=chosen,
             repair=not no_repair,
             seed=seed,
             block=tile,
             round_to=round_to,
+            timed_batch=timed_batch,
             progress=steps,
         )
         types = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -307,21 +318,6 @@ def inspect(
             write_json(json, found)
     if json != STDOUT:
         show_folder(found)
-
-
-def _refuse_unmeasured(budgets: Sequence[str], device: str | None) -> None:
-    """Budgets of time and energy need a measured device, which this version has no file of."""
-    for budget in budgets:
-        if budget.partition("=")[0].strip() in ("latency", "energy"):
-            raise ValueError(
-                f"--budget {budget}: budgets of latency and energy need a measured device profile, and "
-                "this version has none; budgets that work today: macs, params"
-            )
-    if device is not None:
-        raise ValueError(
-            f"--device {device}: the budgets that work today, macs and params, need no device profile; "
-            "leave --device out"
-        )
 
 
 def _tile(text: str) -> tuple[int, int]:

@@ -7,15 +7,20 @@ layer that allows both structured and block pruning offers them side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
 from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, layer_params
 from hwprune.distortion import Curve
 from hwprune.units import AttentionLayer, Layer, layers_of
+
+if TYPE_CHECKING:
+    from hwprune.pricing import Pricer
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Option:
     distortion: float
     macs: float
     params: float
+    latency_s: float = 0.0  # of a batch, where a pricer was given
+    energy_j: float = 0.0
 
 
 def levels(count: int, round_to: int) -> list[int]:
@@ -153,20 +160,27 @@ def dense_option(options: Sequence[Option]) -> Option:
     return max((o for o in options if o.distortion <= 0), key=lambda o: (o.macs, o.params))
 
 
-def pareto(options: Sequence[Option]) -> list[Option]:
-    """Drop options that another beats on distortion, MACs and parameters together; dense stays.
+def pareto(options: Sequence[Option], limited: Sequence[str] = ("macs", "params")) -> list[Option]:
+    """Drop options that another beats on distortion and on all that is limited; dense stays.
 
     A unit that does nothing (a dead neuron) leaves the dense option beaten, but a budget that allows
     the dense model must be able to choose it.
+
+    Args:
+        options: of one layer.
+        limited: the fields of an option that a budget limits.
     """
     dense = dense_option(options)
-    ranked = sorted(options, key=lambda o: (o.macs, o.params, o.distortion))
-    kept: list[Option] = []
-    for option in ranked:
-        beaten = any(k.distortion <= option.distortion and k.params <= option.params for k in kept)
-        if option is dense or not beaten:
-            kept.append(option)
-    return kept
+    costs = np.array([[getattr(o, name) for name in limited] for o in options])
+    losses = np.array([o.distortion for o in options])
+    order = np.lexsort((losses, *costs.T[::-1]))
+    kept: list[int] = []
+    for i in order:
+        among = np.array(kept, dtype=np.int64)
+        beaten = (losses[among] <= losses[i]) & (costs[among] <= costs[i]).all(1)
+        if options[i] is dense or not beaten.any():
+            kept.append(int(i))
+    return [options[i] for i in kept]
 
 
 def option_groups(
@@ -176,11 +190,14 @@ def option_groups(
     *,
     round_to: int = 8,
     gain: Mapping[str, float] | None = None,
+    pricer: Pricer | None = None,
+    limited: Sequence[str] = ("macs", "params"),
 ) -> list[tuple[Layer, list[Option]]]:
     """The choices of the knapsack: one group a layer, or one a linear under blocks.
 
     A layer with both block and structured curves offers its structured options and the hull of its
-    block options side by side; one or the other is taken.
+    block options side by side; one or the other is taken. With a pricer each option has its latency and
+    energy on a device.
     """
     gain = gain or {}
     groups: list[tuple[Layer, list[Option]]] = []
@@ -199,11 +216,23 @@ def option_groups(
         if options and per_linear:
             dense = layer_macs(model, layer, dense_structure(layer), tokens)
             options += _hull(per_linear, layer, mine, dense, cost, model)
-        if options:
-            groups.append((layer, pareto(options)))
-        else:
-            groups += [(layer, pareto(group)) for group in per_linear]
+        for group in [options] if options else per_linear:
+            if pricer is not None:
+                group = _priced(model, layer, group, tokens, pricer)
+            groups.append((layer, pareto(group, limited)))
     return groups
+
+
+def _priced(
+    model: nn.Module, layer: Layer, options: Sequence[Option], tokens: int, pricer: Pricer
+) -> list[Option]:
+    """The options with what they cost on the device; under blocks of one linear the linear alone."""
+    found = []
+    for option in options:
+        seconds, joules = pricer.price(model, layer, option.structure, tokens)
+        energy = float("inf") if joules is None else joules
+        found.append(replace(option, latency_s=seconds, energy_j=energy))
+    return found
 
 
 def _hull(

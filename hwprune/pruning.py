@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.allocate import Budget, Plan, allocate, select
+from hwprune.allocate import Budget, Plan, UnreachableBudget, allocate, select
 from hwprune.checkpoint import describe_base
+from hwprune.contract import ATTEMPTS, Contract, contract, prove, shortfall, timed_images, told
 from hwprune.cost import ModelCost, count_macs, model_cost
 from hwprune.distortion import Curve, curves
 from hwprune.families import timm_vit
@@ -155,6 +157,7 @@ def prune(
     seed: int = 0,
     block: tuple[int, int] = (32, 32),
     round_to: int = 8,
+    timed_batch: int = 8,
     analysis: Analysis | None = None,
     progress: StepProgress | None = None,
 ) -> Report:
@@ -164,13 +167,15 @@ def prune(
         model: dense timm ViT; on return it is the smaller model (still the same `nn.Module`).
         batches: calibration images [B, 3, height, width], normalised as the model wants them.
         budget: e.g. Budget(macs=0.6); a limit of 1.0 or more leaves the model bit for bit as it is.
-        device: device profile, for budgets that need one; macs and params need none.
+        device: device profile (name or file) for budgets of latency and energy; None = this machine's own.
+            macs and params need none.
         kinds: unit kinds; None = head, neuron, qk, vo, whichever the model allows: at equal MACs they
             keep more accuracy than blocks (README, results).
         repair: re-fit what is kept in closed form.
         seed: of the calibration probe.
         block: tile size for the kind block.
         round_to: keep neurons in multiples of this.
+        timed_batch: images of the batch whose latency or energy is limited.
         analysis: of this same model and these batches, to serve several budgets from one calibration
             (prune a deepcopy for each).
         progress: called with (step, done, total).
@@ -182,27 +187,83 @@ def prune(
         UnreachableBudget: the budget is out of reach; the model is unchanged.
         ValueError: bad input; the model is unchanged.
     """
-    if device is not None:
-        raise ValueError(
-            f"device={device!r}: budgets macs and params need no device profile; leave device out"
-        )
     _refuse_pruned(model)
     base = describe_base(model)  # a model no file could describe is refused before the long work
     batches = _on_device(model, batches)
+    terms = contract(model, budget, device, timed_images(batches, timed_batch), block)
     analysis = analysis or analyse(
         model, batches, kinds=kinds, block=block, seed=seed, progress=progress
     )
     seconds = dict(analysis.seconds)
-    with _timed(seconds, "allocate"):
-        plan = allocate(
-            model, analysis.curves, analysis.cost, budget, round_to=round_to, gain=analysis.gain
+    scale: dict[str, float] = {}
+    for attempt in range(ATTEMPTS):
+        with _timed(seconds, "allocate"):
+            plan = allocate(
+                model,
+                analysis.curves,
+                analysis.cost,
+                budget,
+                round_to=round_to,
+                gain=analysis.gain,
+                pricer=None if terms is None else terms.pricer,
+                scale=scale,
+            )
+            mask = {**full_mask(analysis.units), **select(analysis.curves, plan)}
+        job = _Job(analysis, plan, budget, base, seconds, seed, terms)
+        if all(bool(grid.all()) for grid in mask.values()):
+            return _finish(model, job, {}, batches, 0.0, None)
+        try:
+            with _undone_on_failure(model):
+                shape, distance = _cut_(model, analysis, mask, batches, repair, seconds, progress)
+                proof = _proven(model, job, attempt)
+                return _finish(model, job, shape, batches, distance, proof)
+        except _Missed as missed:  # and the model is dense again
+            scale = {m: scale.get(m, 1.0) / over for m, over in missed.over.items()}
+    raise AssertionError("the last attempt returns or raises")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What does not change between the attempts at a budget, and the plan of this one."""
+
+    analysis: Analysis
+    plan: Plan
+    budget: Budget
+    base: dict[str, object]
+    seconds: dict[str, float]
+    seed: int
+    terms: Contract | None
+
+
+class _Missed(Exception):
+    """The measured model is over its budget; `over`: metric -> how many times."""
+
+    def __init__(self, over: dict[str, float]) -> None:
+        self.over = over
+
+
+def _proven(model: nn.Module, job: _Job, attempt: int) -> dict[str, Any] | None:
+    """Measured ratios to the dense model where this machine is the device.
+
+    Raises:
+        _Missed: over the budget by more than the interval, and there is another attempt.
+        UnreachableBudget: over it in the last attempt.
+    """
+    terms = job.terms
+    if terms is None or terms.dense is None:
+        return None
+    with _timed(job.seconds, "prove"):
+        proof = prove(model, terms.dense, terms.x)
+    over = shortfall(proof, job.plan)
+    if over and attempt + 1 < ATTEMPTS:
+        raise _Missed(over)
+    if over:
+        reached = ", ".join(f"{m} {proof[m].value:.3f} of dense" for m in over)
+        raise UnreachableBudget(
+            f"after {ATTEMPTS} plans the measured model is still over its budget: {reached} with limits "
+            f"{job.budget.given}; loosen the budget, or measure the device again with `hwprune profile`"
         )
-        mask = {**full_mask(analysis.units), **select(analysis.curves, plan)}
-    if all(bool(grid.all()) for grid in mask.values()):
-        return _finish(model, analysis, plan, budget, {}, base, seconds, batches, seed, 0.0)
-    with _undone_on_failure(model):
-        shape, distance = _cut_(model, analysis, mask, batches, repair, seconds, progress)
-        return _finish(model, analysis, plan, budget, shape, base, seconds, batches, seed, distance)
+    return proof
 
 
 def _cut_(
@@ -272,17 +333,14 @@ def _check_same(masked_out: Tensor, realised_out: Tensor) -> None:
 
 def _finish(
     model: nn.Module,
-    analysis: Analysis,
-    plan: Plan,
-    budget: Budget,
+    job: _Job,
     shape: Shape,
-    base: dict[str, object],
-    seconds: dict[str, float],
     batches: Sequence[Tensor],
-    seed: int,
     measured: float,
+    proof: dict[str, Any] | None,
 ) -> Report:
     """Write the report and leave the spec on the model for `save`."""
+    analysis, plan, terms = job.analysis, job.plan, job.terms
     macs = count_macs(model, batches[0][:1])
     params = sum(p.numel() for p in model.parameters())
     for metric, got in (("macs", macs), ("params", float(params))):
@@ -299,7 +357,7 @@ def _finish(
     kinds = tuple(dict.fromkeys(u.kind for u in analysis.units))
     statistics = analysis.statistics
     report = Report(
-        {k: v for k, v in asdict(budget).items() if v is not None},
+        job.budget.given,
         kinds,
         macs,
         params,
@@ -315,15 +373,17 @@ def _finish(
             "images": statistics.images,
             "weighting": statistics.weighting,
             "bytes": statistics.peak_bytes,
-            "seed": seed,
+            "seed": job.seed,
         },
-        seconds,
-        () if shape else ("the budget allows the dense model: nothing was removed",),
+        job.seconds,
+        (() if terms is None else terms.notes)
+        + (() if shape else ("the budget allows the dense model: nothing was removed",)),
         environment(batches[0].device),
+        {} if terms is None else told(terms, plan, proof),
     )
     model.hwprune_spec = {  # type: ignore[assignment]
         "version": 1,
-        "base": base,
+        "base": job.base,
         "shape": shape,
         "kinds": list(kinds),
         "report": report.to_dict(),

@@ -27,11 +27,12 @@ class Report:
         calibration: images, weighting, bytes of the statistics, seed.
         seconds: step -> wall time.
         warnings: what the user should know.
-        latency, energy: not measured here; null with the reason.
         environment: versions and device.
+        on_device: ratios to the dense model for budgets of latency and energy, "predicted" and "measured";
+            empty where none was asked for.
     """
 
-    budget: Mapping[str, float]
+    budget: Mapping[str, float | str]
     kinds: tuple[str, ...]
     macs: float
     params: int
@@ -43,6 +44,7 @@ class Report:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    on_device: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def macs_ratio(self) -> float:
@@ -65,8 +67,8 @@ class Report:
             **json.loads(json.dumps(asdict(self))),
             "macs_ratio": self.macs_ratio,
             "params_ratio": self.params_ratio,
-            "predicted": dict(unknown),
-            "measured": dict(unknown),
+            "predicted": dict(self.on_device.get("predicted", unknown)),
+            "measured": dict(self.on_device.get("measured", unknown)),
             "seconds": sum(self.seconds.values()),
             "seconds_by_step": dict(self.seconds),
         }
@@ -82,6 +84,11 @@ class Report:
             f"distortion {loss['measured']:.4g} {loss['unit']} on the calibration images "
             f"(predicted {loss['predicted']:.4g})",
         ]
+        for when, found in self.on_device.items():
+            for name, figure in found.items():
+                if isinstance(figure, Mapping):
+                    ends = f"[{figure['lo']:.3f}, {figure['hi']:.3f}]"
+                    lines.append(f"{name.replace('_', ' ')} {when}: {figure['value']:.3f} {ends}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
 

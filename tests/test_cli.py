@@ -239,9 +239,9 @@ def test_a_bug_is_not_made_to_look_like_bad_input(
     ("words", "pieces"),
     [
         ((), ("Missing option '--budget'", "prune --help")),
-        (("--budget", "latency=0.6"), ("latency=0.6", "work today: macs, params")),
-        (("--budget", "energy=9J"), ("energy=9J", "work today: macs, params")),
-        (("--budget", "macs=0.6", "--device", "h200"), ("--device h200", "leave --device out")),
+        (("--budget", "latency=0.6", "--device", "x"), ("expected a device of", "hwprune profile")),
+        (("--budget", "energy=9W"), ("energy: expected a number, or one with J, mJ, kJ", "9W")),
+        (("--budget", "macs=0.6", "--device", "h200"), ("device='h200'", "leave device out")),
         (("--budget", "flops=0.6"), ("flops=0.6", "macs=0.6, params=50M")),
         (("--budget", "macs=0"), ("macs must be above 0",)),
         (("--budget", "macs=0.6", "--budget", "macs=0.5"), ("macs given twice",)),
@@ -342,7 +342,7 @@ def test_flags_are_the_agreed_ones() -> None:
     # A new flag is a promise to every script.
     agreed = {
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
-        "--round-to --class-map --format --device --seed --no-repair --force --json",
+        "--round-to --timed-batch --class-map --format --device --seed --no-repair --force --json",
         "eval": "--data --weights --class-map --batch --json",
         "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
         "--split --weights --against-weights --random-weights --seed --json",

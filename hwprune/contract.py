@@ -1,0 +1,189 @@
+"""A contract on latency or energy: priced on a device profile, proven by measuring, tightened when missed.
+
+The knapsack spends predicted time; the realised model is then measured against the dense one on the machine
+at hand, in interleaved rounds. A budget missed by more than the interval is solved again with the limit
+scaled by what was measured, a few times; then it is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hwprune.allocate import ON_A_DEVICE, Budget, Plan
+from hwprune.device import ProfileError, load_device
+from hwprune.meter.compare import measure
+from hwprune.meter.estimate import Estimate
+from hwprune.network import NetworkModel
+from hwprune.operations import count_operations
+from hwprune.predict import CostModel
+from hwprune.pricing import Pricer
+from hwprune.profiling import this_device
+from hwprune.route import profile_here
+
+ATTEMPTS = 4
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Contract:
+    """What a budget of latency or energy is judged by.
+
+    Attributes:
+        pricer: predicts on the profile.
+        x: the batch that is timed.
+        here: this machine is the profile's device, so that the result is measured.
+        dense: a copy of the dense model to measure against; None where it is not `here`.
+        notes: what the user should know.
+    """
+
+    pricer: Pricer
+    x: Tensor
+    here: bool
+    dense: nn.Module | None
+    notes: tuple[str, ...] = ()
+
+
+def contract(
+    model: nn.Module,
+    budget: Budget,
+    device: str | None,
+    x: Tensor,
+    block: tuple[int, int],
+) -> Contract | None:
+    """Make a contract for a budget; None where it needs no device.
+
+    Args:
+        model: dense.
+        budget: what is asked.
+        device: a profile's name or file; None = the profile of this very machine.
+        x: the batch that is to be timed, on the model's device and in its type.
+        block: tile size of block options.
+
+    Raises:
+        ValueError: no profile, one that cannot price this model, or a device for a budget without one.
+    """
+    asked = [metric for metric in budget.given if metric in ON_A_DEVICE]
+    if not asked:
+        if device is not None:
+            raise ValueError(
+                f"device={device!r}: budgets macs and params need no device profile; leave device out"
+            )
+        return None
+    costs = _costs(device, x.device, asked[0])
+    here = costs.profile.key == this_device(x.device)
+    if x.dtype not in _TYPES:
+        raise ValueError(f"budget {asked[0]}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
+    counted = count_operations(model, x, partly=True)
+    notes = []
+    network = NetworkModel(costs)
+    if here:
+        seconds = _latency_s(model, x)
+        network = NetworkModel.fitted(costs, [(counted.ops, seconds)])
+    else:
+        notes.append(
+            f"predicted for {costs.profile.key}, not measured: this machine is {this_device(x.device)}"
+        )
+    dense = network.predict(counted.ops)
+    if dense.tier == "extrapolated":
+        notes.append(
+            f"{costs.profile.name} was measured at other sizes: its figures are extrapolated to "
+            f"{tuple(x.shape)}"
+        )
+    pricer = Pricer(network, len(x), _TYPES[x.dtype], dense, block, here)
+    return Contract(pricer, x, here, copy.deepcopy(model).eval() if here else None, tuple(notes))
+
+
+def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
+    """A batch of `count` images: the first ones, repeated where there are fewer."""
+    if count < 1:
+        raise ValueError(f"timed_batch: expected at least 1 image, got {count}")
+    if not batches:
+        raise ValueError("calibration: expected at least one image, got none")
+    images = torch.cat([b[:count] for b in batches])[:count]
+    return torch.cat([images] * -(-count // len(images)))[:count]
+
+
+def _costs(device: str | None, place: torch.device, metric: str) -> CostModel:
+    mode = "graph" if place.type == "cuda" else "eager"
+    if device is None:
+        found = profile_here(place, mode)
+        if found is None:
+            raise ValueError(
+                f"budget {metric}: this machine ({this_device(place)}) has no profile; measure it once with "
+                "`hwprune profile` and give it with device=FILE (--device FILE), or name another device's"
+            )
+        return found
+    try:
+        profile = load_device(device)
+    except ProfileError as error:
+        raise ValueError(f"budget {metric}: {error}") from None
+    mode = "graph" if profile.device.get("type", "cpu") != "cpu" else "eager"
+    return CostModel(profile, mode)
+
+
+def _latency_s(model: nn.Module, x: Tensor) -> float:
+    """Seconds of a batch of the dense model; CPU time of a single thread, like the profile's."""
+    found = measure(model, x, energy=False, rounds=8, seconds_per_arm=10.0).model
+    alone = x.device.type == "cpu" and torch.get_num_threads() == 1
+    figure = found.cpu_time_s if alone else found.latency_s
+    if not isinstance(figure, Estimate):
+        raise ValueError(f"the dense model cannot be timed: {found.error or figure.reason}")
+    return figure.value
+
+
+def prove(pruned: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, Any]:
+    """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason."""
+    ratio = measure(pruned, x, against={"dense": dense}, seconds_per_arm=20.0).ratio(
+        "model", "dense"
+    )
+    alone = x.device.type == "cpu" and torch.get_num_threads() == 1
+    return {"latency": ratio.cpu_time if alone else ratio.latency, "energy": ratio.energy}
+
+
+def shortfall(proof: dict[str, Any], plan: Plan) -> dict[str, float]:
+    """Metric -> measured ratio over the allowed one, where even the interval's lower end is above it."""
+    found = {}
+    dense = {"latency": plan.dense_latency_s, "energy": plan.dense_energy_j}
+    for metric, limit in plan.limits.items():
+        measured, whole = proof.get(metric), dense.get(metric)
+        if isinstance(measured, Estimate) and whole:
+            allowed = limit / whole
+            if measured.lo > allowed:
+                found[metric] = measured.value / allowed
+    return found
+
+
+def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys `predicted` and `measured` of a report: figures, or null with a reason."""
+    spread = terms.pricer.spread_rel()
+    predicted: dict[str, Any] = {}
+    for metric, got, whole in (
+        ("latency", plan.latency_s, plan.dense_latency_s),
+        ("energy", plan.energy_j, plan.dense_energy_j),
+    ):
+        if got is None or not whole:
+            predicted[f"{metric}_ratio"] = None
+            predicted["reason"] = (
+                f"{terms.pricer.network.costs.profile.name} has no {metric} figures"
+            )
+        else:
+            ratio = got / whole
+            ends = {"lo": ratio * (1 - spread), "hi": ratio * (1 + spread)}
+            predicted[f"{metric}_ratio"] = {"value": ratio, **ends}
+    measured: dict[str, Any] = {f"{metric}_ratio": None for metric in ON_A_DEVICE}
+    if proof is None:
+        measured["reason"] = "; ".join(terms.notes) or "nothing was removed, so nothing was timed"
+        return {"predicted": predicted, "measured": measured}
+    for metric in ON_A_DEVICE:
+        figure = proof[metric]
+        if isinstance(figure, Estimate):
+            measured[f"{metric}_ratio"] = figure.to_dict()
+        else:
+            measured["reason"] = figure.reason
+    return {"predicted": predicted, "measured": measured}

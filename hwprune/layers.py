@@ -308,6 +308,9 @@ class CompactLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out]."""
+        if not self.weight.numel():  # nothing is left but the bias
+            whole = x.new_zeros(self.out_features) if self.bias is None else self.bias.to(x.dtype)
+            return whole.expand(*x.shape[:-1], -1).clone()
         if self.weight.shape[1] < self.in_features:
             x = x.index_select(-1, self.cols)
         if self.weight.shape[0] == self.out_features:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.interpolate import RBFInterpolator
 
-from hwprune.device import L2_STATES, MODES, DeviceProfile, Entry
+from hwprune.device import L2_STATES, MODES, DeviceProfile, Entry, for_this_device
 from hwprune.ops import Op
 from hwprune.predict_power import PowerModel
 
@@ -81,7 +81,7 @@ class CostModel:
                 f"expected a mode of {', '.join(MODES)} and l2 of {', '.join(L2_STATES)}, got {mode!r}, {l2!r}"
             )
         self.profile = profile
-        wanted = (mode, l2, values)
+        self.axes = wanted = (mode, l2, values)
         self.entries = {e.op: e for e in profile.entries if (e.mode, e.l2, e.values) == wanted}
         if not self.entries:
             there = sorted({(e.mode, e.l2, e.values) for e in profile.entries})
@@ -94,6 +94,19 @@ class CostModel:
         self._families = {key: _Family(entries) for key, entries in by_family.items()}
         idle_w = profile.sensor.get("idle_w")
         self._power = PowerModel(list(self.entries.values()), idle_w)
+
+    def for_device(self, key: str, *, force: bool = False) -> CostModel:
+        """This model for a machine, marked where the profile is another's; warns then.
+
+        Args:
+            key: of the machine (`profiling.this_device`).
+            force: take another device's profile all the same.
+
+        Raises:
+            ProfileError: another device's, and not `force`.
+        """
+        compared = for_this_device(self.profile, key, force=force)
+        return self if compared is self.profile else CostModel(compared, *self.axes)
 
     def predict(self, op: Op) -> Prediction:
         """The cost of an operation.

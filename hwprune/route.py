@@ -7,19 +7,23 @@ Nothing is tuned at run time; `measure=True` times this model's own layers here 
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.device import ProfileError, list_devices, read_profile
+from hwprune.device import for_this_device, list_devices, read_profile
 from hwprune.layers import BlockSparseLinear, CompactLinear
 from hwprune.ops import NAMES, Op
-from hwprune.predict import CostModel, UnknownOp
+from hwprune.predict import CostModel, Prediction, UnknownOp, total
 from hwprune.profiling import this_device
 
 ROUNDS = 7  # of a measured choice; medians of interleaved calls
+_TIE = 0.97  # of the dense time: what tiles must be below
 
 
 @dataclass(frozen=True)
@@ -40,110 +44,162 @@ class Choice:
 
 
 def profile_here(device: torch.device, mode: str = "eager") -> CostModel | None:
-    """The shipped or own profile of this very device, or None."""
+    """One's own or the shipped profile of this very device, or None; warns where torch is another."""
     key = this_device(device)
-    for path in list_devices().values():
+    for path in reversed(list_devices().values()):  # one's own are listed last
         try:
             profile = read_profile(path)
             if profile.key == key:
-                return CostModel(profile, mode)
-        except (ProfileError, ValueError):
+                return CostModel(for_this_device(profile, key), mode)
+        except (ValueError, OSError):  # damaged, or of another mode
             continue
     return None
 
 
 def route_(
-    model: nn.Module, *inputs: Tensor, costs: CostModel | None = None, measure: bool = False
+    model: nn.Module,
+    *inputs: Tensor,
+    costs: CostModel | None = None,
+    measure: bool = False,
+    force: bool = False,
 ) -> list[Choice]:
     """Replace block-sparse layers by what is fastest on this device, in place, for inputs of these sizes.
 
     A last step before inference, like compiling: the model computes the same, but a layer that became dense is
-    no longer stored as tiles, so save first.
+    no longer stored as tiles, so save first; a routed model is refused by `save`.
 
     Args:
         model: with `BlockSparseLinear`s.
-        inputs: a batch as it will be run; the sizes decide.
-        costs: of this device; by default its shipped or own profile.
+        inputs: a batch as it will be run; the sizes decide (of a layer that runs more than once, the
+            largest).
+        costs: of this device; by default its own or its shipped profile.
         measure: time each layer here and now instead.
+        force: believe `costs` though they are another device's.
 
     Returns:
         One choice a block-sparse layer.
+
+    Raises:
+        ValueError: `model` is a BlockSparseLinear itself, which cannot be replaced in place.
+        ProfileError: `costs` are another device's, and not `force`.
     """
-    seen: dict[str, Tensor] = {}
-    sparse = {n: m for n, m in model.named_modules() if isinstance(m, BlockSparseLinear)}
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, n=name: seen.update({n: args[0]}))
-        for name, module in sparse.items()
-    ]
+    if isinstance(model, BlockSparseLinear):
+        raise ValueError(
+            "expected a model that holds BlockSparseLinears, got one itself, which cannot be replaced in "
+            "place; put it into an nn.Sequential"
+        )
+    names: dict[BlockSparseLinear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BlockSparseLinear):
+            names.setdefault(module, []).append(name)
+    if not names:
+        return []
+    seen = _inputs_of(model, list(names), inputs)
+    place = next(iter(seen.values())).device if seen else next(iter(names)).values.device
+    if measure:
+        costs = None
+    elif costs is not None:
+        costs = costs.for_device(this_device(place), force=force)
+    else:
+        costs = profile_here(place, "graph" if place.type == "cuda" else "eager")
+    made = []
+    for module, places in names.items():
+        if module not in seen:
+            reason = "it did not run on these inputs, or is not called with its input alone"
+            made.append(Choice(places[0], "block_sparse", {}, reason))
+            continue
+        choice, fresh = _choose(places[0], module, seen[module], costs, measure)
+        made.append(choice)
+        if fresh is not module:
+            fresh.train(module.training).requires_grad_(module.values.requires_grad)
+            for name in places:
+                model.set_submodule(name, fresh)
+    if any(choice.impl != "block_sparse" for choice in made):
+        vars(model)["hwprune_routed"] = True
+    return made
+
+
+def _inputs_of(
+    model: nn.Module, modules: Sequence[BlockSparseLinear], inputs: Sequence[Tensor]
+) -> dict[BlockSparseLinear, Tensor]:
+    """What each layer is given in one forward in evaluation mode; layers that get no token are left out.
+
+    So are those called by keyword: a stock layer's input has another name.
+    """
+    seen: dict[BlockSparseLinear, Tensor] = {}
+    by_keyword: set[BlockSparseLinear] = set()
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, BlockSparseLinear)
+        if not args:
+            by_keyword.add(module)
+            return
+        x = args[0]
+        if x.numel() > (seen[module].numel() if module in seen else 0):
+            seen[module] = x
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [m.register_forward_pre_hook(look, with_kwargs=True) for m in modules]
+    model.eval()
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    device = next(iter(seen.values())).device if seen else torch.device("cpu")
-    if costs is None and not measure:
-        costs = profile_here(device, "graph" if device.type == "cuda" else "eager")
-    made = []
-    for name, module in sparse.items():
-        if name not in seen:
-            made.append(Choice(name, "block_sparse", {}, "it did not run on these inputs"))
-            continue
-        choice, fresh = _choose(name, module, seen[name], costs, measure)
-        made.append(choice)
-        if fresh is not module:
-            model.set_submodule(name, fresh.train(module.training))
-    if any(choice.impl != "block_sparse" for choice in made):
-        vars(model)["hwprune_routed"] = True
-    return made
+        for module, mode in modes:
+            module.training = mode
+    return {module: x for module, x in seen.items() if module not in by_keyword}
 
 
 def _choose(
     name: str, module: BlockSparseLinear, x: Tensor, costs: CostModel | None, measure: bool
 ) -> tuple[Choice, nn.Module]:
-    compact = CompactLinear.from_dense(module.to_dense(), module.bias)
-    whole = compact.weight.shape == (module.out_features, module.in_features)
     candidates: dict[str, nn.Module] = {"dense": dense_layer(module), "block_sparse": module}
-    if not whole and compact.weight.numel():
+    compact = CompactLinear.from_dense(module.to_dense(), module.bias)
+    if compact.weight.shape != (module.out_features, module.in_features):
         candidates["compact"] = compact
     if measure:
         seconds = _timed(candidates, x)
         # A tie goes to dense: it must be ahead by more than the noise of these few rounds.
-        best = min(seconds, key=lambda impl: seconds[impl] * (0.97 if impl == "dense" else 1.0))
+        best = min(seconds, key=lambda impl: seconds[impl] * (_TIE if impl == "dense" else 1.0))
         return Choice(name, best, seconds, "measured here"), candidates[best]
     if costs is None:
         reason = "no profile of this device: `hwprune profile` measures it, or route_(measure=True)"
         return Choice(name, "dense", {}, reason), candidates["dense"]
-    try:
-        low, high = _priced(module, compact, x, costs, "compact" in candidates)
-    except UnknownOp as error:
-        return Choice(name, "dense", {}, str(error)), candidates["dense"]
+    if x.dtype not in NAMES:
+        return Choice(name, "dense", {}, f"no profile measures {x.dtype}"), candidates["dense"]
+    found = _priced(module, compact if "compact" in candidates else None, x, costs)
+    seconds = {impl: priced.latency_s for impl, priced in found.items()}
+    if "dense" not in found:
+        reason = f"{costs.profile.name} says nothing about the dense layer"
+        return Choice(name, "dense", seconds, reason), candidates["dense"]
     # Ours must win even if the prediction errs against it: its upper end below dense's lower end.
-    sure = {impl: high[impl] for impl in high if impl != "dense" and high[impl] < low["dense"]}
+    sure = {i: p.hi_s for i, p in found.items() if i != "dense" and p.hi_s < found["dense"].lo_s}
     best = min(sure, key=lambda impl: sure[impl]) if sure else "dense"
     reason = f"{costs.profile.name}" + ("" if sure else ": nothing is surely faster than dense")
-    return Choice(name, best, {k: (low[k] + high[k]) / 2 for k in low}, reason), candidates[best]
+    return Choice(name, best, seconds, reason), candidates[best]
 
 
 def _priced(
-    module: BlockSparseLinear, compact: CompactLinear, x: Tensor, costs: CostModel, both: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Lower and upper ends of the predicted seconds of each implementation."""
+    module: BlockSparseLinear, compact: CompactLinear | None, x: Tensor, costs: CostModel
+) -> dict[str, Prediction]:
+    """The predicted cost of each implementation that the profile knows."""
     m, n, k = x.numel() // x.shape[-1], module.out_features, module.in_features
     dtype, block = NAMES[x.dtype], (int(module.block[0]), int(module.block[1]))
-    ops = {"dense": Op("linear", (m, n, k), dtype)}
+    parts: dict[str, list[Op]] = {"dense": [Op("linear", (m, n, k), dtype)]}
     if len(module.values):
-        ops["block_sparse"] = Op("linear", (m, n, k), dtype, "block_sparse", module.density, block)
-    if both:
-        ops["compact"] = Op("linear", (m, *compact.weight.shape), dtype)
-    found = {impl: costs.predict(op) for impl, op in ops.items()}
-    low, high = ({i: getattr(p, end) for i, p in found.items()} for end in ("lo_s", "hi_s"))
-    if (
-        both
-    ):  # picking and placing columns: what moving the activations takes at the speed of the gather
-        moved = costs.predict(Op("gelu", (m, n + k), dtype)).hi_s
-        low["compact"], high["compact"] = low["compact"] + moved, high["compact"] + moved
-    return low, high
+        parts["block_sparse"] = [Op.tiles((m, n, k), dtype, block, len(module.values))]
+    if compact is not None:
+        # Picking the inputs and placing the outputs: as long as a pass over both, by the activation's time.
+        parts["compact"] = [Op("gelu", (m, n + k), dtype)]
+        if compact.weight.numel():
+            parts["compact"].append(Op("linear", (m, *compact.weight.shape), dtype))
+    found = {}
+    for impl, ops in parts.items():
+        with contextlib.suppress(UnknownOp):
+            found[impl] = total(costs.predict(op) for op in ops)
+    return found
 
 
 def dense_layer(module: BlockSparseLinear) -> nn.Linear:

@@ -27,6 +27,7 @@ from hwprune.profiling import this_device
 from hwprune.route import profile_here
 
 ATTEMPTS = 4
+_BEYOND = 0.05  # share of the time beyond the sizes of the profile that is not worth a word
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -90,10 +91,12 @@ def contract(
             f"predicted for {costs.profile.key}, not measured: this machine is {this_device(x.device)}"
         )
     dense = network.predict(counted.ops)
-    if dense.tier == "extrapolated":
+    beyond = [p for p in map(costs.predict, counted.ops) if p.tier == "extrapolated"]
+    share = sum(p.latency_s for p in beyond) / dense.latency_s
+    if share > _BEYOND:
         notes.append(
-            f"{costs.profile.name} was measured at other sizes: its figures are extrapolated to "
-            f"{tuple(x.shape)}"
+            f"{costs.profile.name} was measured at other sizes: {share:.0%} of the time of {tuple(x.shape)} "
+            "is extrapolated"
         )
     pricer = Pricer(network, len(x), _TYPES[x.dtype], dense, block, here)
     return Contract(pricer, x, here, copy.deepcopy(model).eval() if here else None, tuple(notes))

@@ -148,6 +148,21 @@ def figure(value: float, like: float | None = None) -> str:
     return f"{value:.0f}"
 
 
+def _on_device(report: Mapping[str, Any]) -> list[str]:
+    """A line a metric of the device: what was measured, what was predicted."""
+    lines = []
+    for metric in ("latency", "energy"):
+        words = []
+        for when in ("measured", "predicted"):
+            figure = report[when].get(f"{metric}_ratio")
+            if figure:
+                ends = f"[{figure['lo']:.3f}, {figure['hi']:.3f}]"
+                words.append(f"{figure['value']:.3f} {ends} {when}")
+        if words:
+            lines.append(f"{metric}, of dense: {', '.join(words)}")
+    return lines
+
+
 def show_report(report: Mapping[str, Any], next_step: str, note: str = "") -> None:
     """Print what a pruning run did.
 
@@ -161,6 +176,7 @@ def show_report(report: Mapping[str, Any], next_step: str, note: str = "") -> No
     after = [
         f"distortion: {loss['measured']:.4g} {loss['unit']} on {report['calibration']['images']} "
         f"calibration images (predicted {loss['predicted']:.4g})",
+        *_on_device(report),
         f"time: {report['seconds']:.1f} s ({took})",
         *(f"warning: {warning}" for warning in report["warnings"]),
         *([f"note: {note}"] if note else []),

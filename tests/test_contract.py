@@ -251,3 +251,16 @@ def test_a_batch_without_images_is_refused(timed_batch: int) -> None:
 def test_the_timed_batch_has_the_size_asked_for() -> None:
     for count in (1, 8, 16, 40):
         assert len(contract_.timed_images(images(), count)) == count
+
+
+def test_the_command_prints_what_was_measured_and_predicted(
+    here: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hwprune.terminal import show_report
+
+    here.append(proof(0.69))
+    report = prune(vit(), images(), Budget(latency=0.7), kinds=KINDS, repair=False)
+    show_report({**report.to_dict(), "model": "m", "out": "o", "format": "pruned"}, "next")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "latency, of dense: 0.690 [0.683, 0.697] measured, 0." in said and "predicted" in said
+    assert "energy, of dense" not in said

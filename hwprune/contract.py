@@ -1,21 +1,21 @@
 """A contract on latency or energy: priced on a device profile, proven by measuring, tightened when missed.
 
 The knapsack spends predicted time; the realised model is then measured against the dense one on the machine
-at hand, in interleaved rounds. A budget missed by more than the interval is solved again with the limit
-scaled by what was measured, a few times; then it is refused.
+at hand, in interleaved rounds. Where it misses the budget, or leaves some of it unused, it is solved again with
+the limit scaled by what was measured, a few times; what no plan keeps is refused.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.allocate import ON_A_DEVICE, Budget, Plan
+from hwprune.allocate import ON_A_DEVICE, Budget, Plan, UnreachableBudget
 from hwprune.device import ProfileError, load_device
 from hwprune.meter.compare import measure
 from hwprune.meter.estimate import Estimate
@@ -25,8 +25,10 @@ from hwprune.predict import CostModel
 from hwprune.pricing import Pricer
 from hwprune.profiling import this_device
 from hwprune.route import profile_here
+from hwprune.units import Mask
 
 ATTEMPTS = 4
+_CLOSE = 0.03  # of the budget left unused that is not worth another try
 _BEYOND = 0.05  # share of the time beyond the sizes of the profile that is not worth a word
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -149,17 +151,91 @@ def prove(pruned: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, Any]:
     return {"latency": ratio.cpu_time if alone else ratio.latency, "energy": ratio.energy}
 
 
-def shortfall(proof: dict[str, Any], plan: Plan) -> dict[str, float]:
-    """Metric -> measured ratio over the allowed one, where even the interval's lower end is above it."""
+def settle(
+    terms: Contract | None,
+    solve: Callable[[Mapping[str, float]], tuple[Plan, Mask]],
+    shaped: Callable[[Mask], nn.Module],
+) -> tuple[Plan, Mask]:
+    """A plan that keeps its budget as measured, and uses it: within 3 % where a few tries find one.
+
+    Time depends on shapes, not on weights: each plan is tried on a copy that is cut but not re-fitted.
+
+    Args:
+        terms: of the budget; None, or another machine's: the first plan is taken as predicted.
+        solve: metric -> factor on its limit, to a plan and its mask.
+        shaped: a throwaway model of that shape.
+
+    Raises:
+        UnreachableBudget: no plan tried keeps the budget on this machine; says what was reached.
+    """
+    scale: dict[str, float] = {}
+    best: tuple[float, Plan, Mask] | None = None
+    reached = ""
+    for _ in range(ATTEMPTS):
+        try:
+            plan, mask = solve(scale)
+        except UnreachableBudget:
+            if best is None and not reached:
+                raise
+            break
+        if terms is None or terms.dense is None or all(bool(grid.all()) for grid in mask.values()):
+            return plan, mask
+        proof = prove(shaped(mask), terms.dense, terms.x)
+        used = use(proof, plan)
+        if not used:  # nothing could be measured, which the report says
+            return plan, mask
+        tightest = max(used.values())
+        reached = ", ".join(f"{metric} {proof[metric].value:.3f} of dense" for metric in used)
+        if kept(proof, plan) and (best is None or tightest > best[0]):
+            best = tightest, plan, mask
+        if best is not None and (best[0] >= 1 - _CLOSE or not kept(proof, plan)):
+            break
+        # A step past the limit by half of what is close enough, so that noise does not decide.
+        scale = {m: scale.get(m, 1.0) * (1 - _CLOSE / 2) / share for m, share in used.items()}
+    if best is None:
+        raise UnreachableBudget(
+            f"{ATTEMPTS} plans were cut and timed, and none keeps the budget on this machine; the last: "
+            f"{reached}; loosen the budget, or measure the device again with `hwprune profile`"
+        )
+    return best[1], best[2]
+
+
+def use(proof: Mapping[str, Any], plan: Plan) -> dict[str, float]:
+    """Metric -> measured share of what its limit allows, for limits of the device that were measured."""
     found = {}
     dense = {"latency": plan.dense_latency_s, "energy": plan.dense_energy_j}
     for metric, limit in plan.limits.items():
         measured, whole = proof.get(metric), dense.get(metric)
         if isinstance(measured, Estimate) and whole:
-            allowed = limit / whole
-            if measured.lo > allowed:
-                found[metric] = measured.value / allowed
+            found[metric] = measured.value * whole / limit
     return found
+
+
+def kept(proof: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether no limit is exceeded by more than the interval: its lower end is within."""
+    shares = use(proof, plan)
+    return all(share * proof[m].lo <= proof[m].value for m, share in shares.items())
+
+
+def proven(model: nn.Module, terms: Contract, plan: Plan) -> dict[str, Any] | None:
+    """The finished model's measured ratios; None where this machine is not the device.
+
+    Raises:
+        UnreachableBudget: they are over the limit by more than the interval, where the plan tried before was
+            not: the machine does not hold still.
+    """
+    if terms.dense is None:
+        return None
+    proof = prove(model, terms.dense, terms.x)
+    if not kept(proof, plan):
+        proof = prove(model, terms.dense, terms.x)  # one round of noise is no verdict
+    if not kept(proof, plan):
+        found = ", ".join(f"{m} {proof[m].value:.3f} of dense" for m in use(proof, plan))
+        raise UnreachableBudget(
+            f"the finished model is over its budget: {found}, though its plan was not; this machine is too "
+            "noisy to keep a contract on: use a quieter one, or loosen the budget"
+        )
+    return proof
 
 
 def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwprune.allocate import Budget, Plan, UnreachableBudget, allocate, select
+from hwprune.allocate import Budget, Plan, allocate, select
 from hwprune.checkpoint import describe_base
-from hwprune.contract import ATTEMPTS, Contract, contract, prove, shortfall, timed_images, told
+from hwprune.contract import Contract, contract, proven, settle, timed_images, told
 from hwprune.cost import ModelCost, count_macs, model_cost
 from hwprune.distortion import Curve, curves
 from hwprune.families import timm_vit
@@ -195,8 +196,8 @@ def prune(
         model, batches, kinds=kinds, block=block, seed=seed, progress=progress
     )
     seconds = dict(analysis.seconds)
-    scale: dict[str, float] = {}
-    for attempt in range(ATTEMPTS):
+
+    def solve(scale: Mapping[str, float]) -> tuple[Plan, Mask]:
         with _timed(seconds, "allocate"):
             plan = allocate(
                 model,
@@ -208,23 +209,29 @@ def prune(
                 pricer=None if terms is None else terms.pricer,
                 scale=scale,
             )
-            mask = {**full_mask(analysis.units), **select(analysis.curves, plan)}
-        job = _Job(analysis, plan, budget, base, seconds, seed, terms)
-        if all(bool(grid.all()) for grid in mask.values()):
-            return _finish(model, job, {}, batches, 0.0, None)
-        try:
-            with _undone_on_failure(model):
-                shape, distance = _cut_(model, analysis, mask, batches, repair, seconds, progress)
-                proof = _proven(model, job, attempt)
-                return _finish(model, job, shape, batches, distance, proof)
-        except _Missed as missed:  # and the model is dense again
-            scale = {m: scale.get(m, 1.0) / over for m, over in missed.over.items()}
-    raise AssertionError("the last attempt returns or raises")
+            return plan, {**full_mask(analysis.units), **select(analysis.curves, plan)}
+
+    def shaped(mask: Mask) -> nn.Module:
+        assert terms is not None and terms.dense is not None
+        trial = copy.deepcopy(terms.dense)
+        realise_(trial, analysis.units, mask)
+        return trial
+
+    with _timed(seconds, "contract"):
+        plan, mask = settle(terms, solve, shaped)
+    job = _Job(analysis, plan, budget, base, seconds, seed, terms)
+    if all(bool(grid.all()) for grid in mask.values()):
+        return _finish(model, job, {}, batches, 0.0, None)
+    with _undone_on_failure(model):
+        shape, distance = _cut_(model, analysis, mask, batches, repair, seconds, progress)
+        with _timed(seconds, "prove"):
+            proof = None if terms is None else proven(model, terms, plan)
+        return _finish(model, job, shape, batches, distance, proof)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What does not change between the attempts at a budget, and the plan of this one."""
+    """What a report tells besides what came out."""
 
     analysis: Analysis
     plan: Plan
@@ -233,37 +240,6 @@ class _Job:
     seconds: dict[str, float]
     seed: int
     terms: Contract | None
-
-
-class _Missed(Exception):
-    """The measured model is over its budget; `over`: metric -> how many times."""
-
-    def __init__(self, over: dict[str, float]) -> None:
-        self.over = over
-
-
-def _proven(model: nn.Module, job: _Job, attempt: int) -> dict[str, Any] | None:
-    """Measured ratios to the dense model where this machine is the device.
-
-    Raises:
-        _Missed: over the budget by more than the interval, and there is another attempt.
-        UnreachableBudget: over it in the last attempt.
-    """
-    terms = job.terms
-    if terms is None or terms.dense is None:
-        return None
-    with _timed(job.seconds, "prove"):
-        proof = prove(model, terms.dense, terms.x)
-    over = shortfall(proof, job.plan)
-    if over and attempt + 1 < ATTEMPTS:
-        raise _Missed(over)
-    if over:
-        reached = ", ".join(f"{m} {proof[m].value:.3f} of dense" for m in over)
-        raise UnreachableBudget(
-            f"after {ATTEMPTS} plans the measured model is still over its budget: {reached} with limits "
-            f"{job.budget.given}; loosen the budget, or measure the device again with `hwprune profile`"
-        )
-    return proof
 
 
 def _cut_(

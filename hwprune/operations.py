@@ -57,8 +57,9 @@ class Counted:
 def operations(model: nn.Module, x: Tensor) -> list[Op]:
     """The linears, attentions, activations and layer norms of one forward, in order.
 
-    A patch embedding, additions, rotations, gating products and other norms are no operations: they belong to
-    the residual that `NetworkModel` fits. Products are those that torch's FLOP counter knows.
+    A patch embedding is a linear over patches. Additions, rotations, gating products and other norms are no
+    operations: they belong to the residual that `NetworkModel` fits. Products are those that torch's FLOP
+    counter knows.
 
     Args:
         model: dense or realised.
@@ -120,15 +121,14 @@ def count_operations(model: nn.Module, x: Tensor, *, partly: bool = False) -> Co
         for name, macs in products.macs.items()
         if name not in counted and not isinstance(modules[name], BlockSparseLinear)
     }
-    unknown = {name: macs for name, macs in left.items() if not _embeds_patches(modules[name])}
-    if unknown and not partly:
+    if left and not partly:
         whole = sum(products.macs.values())
         told = ", ".join(
             f"{name or 'the model itself'} ({type(modules[name]).__name__}, {macs / whole:.1%})"
-            for name, macs in sorted(unknown.items(), key=lambda item: -item[1])[:4]
+            for name, macs in sorted(left.items(), key=lambda item: -item[1])[:4]
         )
         raise UncountedModules(
-            f"{len(unknown)} module(s) multiply in a way no profile measures: {told} of all "
+            f"{len(left)} module(s) multiply in a way no profile measures: {told} of all "
             "multiply-accumulates; predict their cost otherwise, or measure the model"
         )
     return Counted(tuple(parts), left)
@@ -167,8 +167,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _embeds_patches(module: nn.Module) -> bool:
-    """A convolution whose windows do not overlap: no plan touches it, so the residual holds it."""
-    return isinstance(module, nn.Conv2d) and tuple(module.kernel_size) == tuple(module.stride)
+    """A convolution whose windows neither overlap nor leave gaps: a linear over patches."""
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return False
+    plain = set(module.dilation) == {1} and module.padding in ((0, 0), "valid")
+    return plain and tuple(module.kernel_size) == tuple(module.stride)
 
 
 def _op_of(name: str, module: Any, given: Tensor, out: Any) -> Op | None:
@@ -182,6 +185,9 @@ def _op_of(name: str, module: Any, given: Tensor, out: Any) -> Op | None:
     if isinstance(module, nn.Linear):
         k, n = module.in_features, module.out_features
         return Op("linear", (given.numel() // k, n, k), _dtype(name, given))
+    if _embeds_patches(module):
+        n, k = module.weight.shape[0], module.weight[0].numel()
+        return Op("linear", (out.numel() // n, n, k), _dtype(name, given))
     if isinstance(module, SlimAttention) or _is_attention(module):
         d = getattr(module, "qk_width", None) or module.head_dim
         e = getattr(module, "v_width", None) or module.head_dim

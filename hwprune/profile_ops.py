@@ -17,6 +17,12 @@ KEPT = (1.0, 0.5, 0.75, 0.27, 0.12, 0.63, 0.9)
 
 VITS = {"DeiT-Ti": (192, 3), "DeiT-S": (384, 6), "DeiT-B": (768, 12)}  # width, heads
 VIT_TOKENS = 197
+# q/k and v widths of a head: equal ones, unequal ones, odd ones
+WIDTHS = (
+    *((64, 64), (32, 64), (48, 48), (24, 40), (16, 32), (32, 32), (56, 64)),
+    *((43, 37), (30, 21), (60, 45), (40, 40)),
+)
+NORMS = (192, 384, 768, 1152, 64, 256, 512, 1280)  # widths of layer norms
 # tokens of one forward, heads and their width, (inputs, outputs) of its linears
 DIFFUSION = {
     "DiT-XL": (256, 16, 72, ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))),
@@ -66,7 +72,7 @@ def _pruned(batch: int, dtype: str) -> Iterator[Op]:
 
 def _attention(batch: int, dtype: str) -> Iterator[Op]:
     for _, heads in VITS.values():
-        for d, e in ((64, 64), (32, 64), (48, 48), (24, 40), (16, 32), (32, 32), (56, 64)):
+        for d, e in WIDTHS:
             for kept in sorted({heads, max(1, heads // 2), max(1, heads - 1)}):
                 yield Op("attention", (batch, kept, VIT_TOKENS, d, e), dtype)
 
@@ -88,8 +94,9 @@ def _tiles_of(
 
 
 def _pointwise(batch: int, dtype: str) -> Iterator[Op]:
-    for width, _ in VITS.values():
+    for width in NORMS:
         yield Op("layer_norm", (batch * VIT_TOKENS, width), dtype)
+    for width, _ in VITS.values():
         for kept in KEPT:
             wide = max(8, round(4 * width * kept))
             yield Op("gelu", (batch * VIT_TOKENS, wide), dtype)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hwprune.allocate import UnreachableBudget as UnreachableBudget
     from hwprune.checkpoint import load as load
     from hwprune.checkpoint import save as save
+    from hwprune.diffusion import prune_diffusion as prune_diffusion
+    from hwprune.diffusion_report import DiffusionReport as DiffusionReport
     from hwprune.layers import BlockSparseLinear as BlockSparseLinear
     from hwprune.layers import ConstantBranch as ConstantBranch
     from hwprune.layers import SlimAttention as SlimAttention
@@ -36,6 +38,7 @@ _HOMES = {
     "Budget": "allocate",
     "CheckpointError": "spec",
     "ConstantBranch": "layers",
+    "DiffusionReport": "diffusion_report",
     "MeasuredEnergy": "meter.energy",
     "Measurement": "meter.measurement",
     "Report": "report",
@@ -46,6 +49,7 @@ _HOMES = {
     "measure": "meter.compare",
     "measure_energy": "meter.energy",
     "prune": "pruning",
+    "prune_diffusion": "diffusion",
     "route_": "route",
     "save": "checkpoint",
 }

@@ -60,7 +60,10 @@ LAYERS = (
         "lpvit",
         "lpvit_calibration",
     ),
+    ("conditions", "teacher", "learning", "trajectory_scores", "trajectory_repair", "selection"),
+    ("guards", "budget_price", "diffusion_report"),
     ("contract", "pruning", "report", "opening", "split", "structure", "workload"),
+    ("diffusion",),
     ("hwprune",),
     ("cli", "cli_measure", "cli_profile", "terminal", "exits"),
 )

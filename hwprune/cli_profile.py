@@ -73,7 +73,8 @@ def profile(
         from hwprune.profiling import measure_device, this_device
 
         place = _device(device)
-        types = (dtypes or ("bf16" if place.type == "cuda" else "fp32,bf16")).split(",")
+        usual = "bf16" if place.type == "cuda" else "fp32,bf16"
+        types = [part.strip() for part in (usual if dtypes is None else dtypes).split(",")]
         unknown = [t for t in types if t not in DTYPES]
         if unknown:
             raise ValueError(f"--dtypes: expected of {', '.join(DTYPES)}, got {unknown[0]!r}")

@@ -1,0 +1,201 @@
+"""`hwprune profile` and `hwprune devices`: what they print and write, and the one line each bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes.profiles import profile_of
+
+from hwprune import cli_profile, device, profile_ops, profiling
+from hwprune.cli import main
+from hwprune.device import DeviceProfile, content_hash, read_profile
+from hwprune.ops import Op
+
+OPS = [Op("gelu", (8, 8), "fp32"), Op("linear", (8, 8, 8), "fp32")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """Two operations, a folder of one's own, and what `measure_device` was asked for."""
+    asked: list[dict[str, Any]] = []
+    real = profiling.measure_device
+
+    def measured(ops: list[Op], place: torch.device, **given: Any) -> DeviceProfile:
+        asked.append({"ops": ops, "place": place, "threads": torch.get_num_threads(), **given})
+        return real(OPS, place, **{**given, "minutes": 0.02})
+
+    monkeypatch.setattr(profiling, "measure_device", measured)
+    monkeypatch.setattr(device, "FOLDER", tmp_path / "shipped")
+    monkeypatch.delenv("HWPRUNE_PROFILES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield asked  # type: ignore[misc]
+    torch.set_num_threads(threads)
+
+
+class Ran:
+    """What a command did: its exit code and what it printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *words: object) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        self.code = ended.value.code
+        self.out, self.err = capsys.readouterr()
+
+
+def refused(ran: Ran, *pieces: str) -> None:
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    assert ran.err.startswith("hwprune: ") and ran.err.count("\n") == 1, ran.err
+    assert not [piece for piece in pieces if piece not in ran.err], ran.err
+
+
+def test_a_profile_is_measured_written_and_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: list[dict[str, Any]]
+) -> None:
+    ran = Ran(
+        capsys,
+        "profile",
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--minutes",
+        3,
+        "--out",
+        "my.json",
+        "--json",
+        "-",
+    )
+    assert ran.code == 0, ran.err
+    told = json.loads(ran.out)
+    assert (told["entries"], told["with_energy"]) == (2, 0) and told["energy_reason"]
+    found = read_profile(tmp_path / "my.json")
+    assert found.device["threads"] == 1 and found.provenance["clock"] == "thread CPU time"
+    assert found.provenance["command"].startswith("hwprune ")
+    assert (quick[0]["minutes"], quick[0]["threads"]) == (3.0, 1)
+    assert {op.dtype for op in quick[0]["ops"]} == {"fp32", "bf16"}
+    assert {op.shape[0] for op in quick[0]["ops"]} >= {8 * 197, 197}
+    assert [p.name for p in tmp_path.iterdir()] == ["my.json"]
+
+
+def test_without_a_name_it_is_the_devices(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: list[dict[str, Any]]
+) -> None:
+    ran = Ran(
+        capsys, "profile", "--device", "cpu", "--threads", 1, "--batches", "2", "--dtypes", "fp32"
+    )
+    assert ran.code == 0, ran.err
+    (file,) = tmp_path.glob("*.json")
+    assert file.stem.endswith("-1-thread") and file.stem in ran.out
+    assert {op.dtype for op in quick[0]["ops"]} == {"fp32"}
+
+
+def test_a_stopped_run_is_gone_on_with_or_begun_anew(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    partial = tmp_path / ".my.partial.json"
+    words = ("profile", "--device", "cpu", "--threads", 1, "--out", "my.json")
+    partial.write_text("{")
+    ran = Ran(capsys, *words)
+    assert ran.code == 0 and "hwprune: .my.partial.json is left aside" in ran.err
+    partial.write_text("{")
+    ran = Ran(capsys, *words, "--fresh")
+    assert (ran.code, ran.err) == (0, "")
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "pieces"),
+    [
+        (("--minutes", "0"), ("--minutes", "positive", "got 0")),
+        (("--minutes", "nan"), ("--minutes",)),
+        (("--minutes", "inf"), ("--minutes",)),
+        (("--threads", "0"), ("--threads", "at least 1")),
+        (("--batches", "8,x"), ("--batches", "'8,x'")),
+        (("--batches", "0"), ("--batches",)),
+        (("--batches", ""), ("--batches",)),
+        (("--dtypes", "fp32,fp8"), ("--dtypes", "fp32, fp16, bf16", "'fp8'")),
+        (("--dtypes", ""), ("--dtypes",)),
+        (("--out", "my.txt"), ("--out", ".json", "my.txt")),
+        (("--out", "none/my.json"), ("--out", "does not exist")),
+        (("--out", "folder.json"), ("--out", "folder.json is a folder")),
+        (("--device", "tpu"), ("tpu",)),
+        (("--json", "none/told.json"), ("none",)),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    quick: list[dict[str, Any]],
+    words: tuple[str, ...],
+    pieces: tuple[str, ...],
+) -> None:
+    (tmp_path / "folder.json").mkdir()
+    device_of = () if "--device" in words else ("--device", "cpu")
+    refused(Ran(capsys, "profile", *device_of, *words), *pieces)
+    assert not quick
+
+
+def test_another_run_into_the_same_file_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("fcntl", reason="no fcntl on this system, so runs are not told apart")
+    from hwprune.profile_state import claimed
+
+    with claimed(tmp_path / ".my.partial.json"):
+        refused(
+            Ran(capsys, "profile", "--device", "cpu", "--out", "my.json"),
+            "another run is measuring",
+        )
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+def test_devices_lists_what_is_there_and_what_is_broken(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no profiles" in Ran(capsys, "devices").out
+    assert json.loads(Ran(capsys, "devices", "--json", "-").out) == {"devices": {}}
+    folder = tmp_path / "own"
+    folder.mkdir()
+    Ran(capsys, "profile", "--device", "cpu", "--threads", 1, "--out", folder / "mine.json")
+    (folder / "broken.json").write_text("{")
+    fake = profile_of({OPS[0]: 1e-5}).to_dict()
+    assert fake["provenance"]["content_sha256"] == content_hash(fake)
+    (folder / "fake.json").write_text(json.dumps(fake))
+    monkeypatch.setenv("HWPRUNE_PROFILES", str(folder))
+    ran = Ran(capsys, "devices")
+    assert ran.code == 0 and "mine" in ran.out and "1 thread(s)" in ran.out
+    said = " ".join(ran.out.split())
+    assert "expected JSON" in said and "synthetic" in said
+    told = json.loads(Ran(capsys, "devices", "--json", "-").out)["devices"]
+    assert told["mine"]["entries"] == 2 and "error" in told["broken"] and "error" in told["fake"]
+
+
+@pytest.mark.parametrize("command", ["profile", "devices"])
+def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    ran = Ran(capsys, command, "--help")
+    assert ran.code == 0 and "--json" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("NVIDIA H200", "nvidia-h200"),
+        ("AMD EPYC, 1 thread(s)", "amd-epyc-1-thread"),
+        ("Intel(R) Xeon(R) @ 2.20GHz, 8 thread(s)", "intel-r-xeon-r-2-20ghz-8-thread"),
+    ],
+)
+def test_names_of_files(key: str, name: str) -> None:
+    assert cli_profile._file_name(key) == name
+
+
+def test_the_default_shapes_are_those_of_profile_ops() -> None:
+    assert len(profile_ops.profile_ops((8, 1), ("fp32", "bf16"))) > 500

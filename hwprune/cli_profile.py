@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -68,6 +67,7 @@ def profile(
         import torch
 
         from hwprune.cli_measure import _device
+        from hwprune.device import file_name
         from hwprune.ops import DTYPES
         from hwprune.profile_ops import profile_ops
         from hwprune.profiling import measure_device, this_device
@@ -80,7 +80,7 @@ def profile(
             raise ValueError(f"--dtypes: expected of {', '.join(DTYPES)}, got {unknown[0]!r}")
         if threads is not None:
             torch.set_num_threads(threads)
-        name = _file_name(this_device(place))
+        name = file_name(this_device(place))
         target = out or Path(f"{name}.json")
         if target.suffix != ".json":
             raise ValueError(f"--out: expected a .json file, got {target}")
@@ -174,8 +174,3 @@ def _numbers(option: str, text: str) -> list[int]:
     if not found or min(found) < 1:
         raise ValueError(f"{option}: expected numbers such as 8,1, got {text!r}")
     return found
-
-
-def _file_name(key: str) -> str:
-    """A device's key as a file name: nvidia-h200, amd-epyc-1-thread."""
-    return re.sub(r"[^a-z0-9]+", "-", key.lower().replace("(s)", "")).strip("-")

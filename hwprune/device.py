@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -204,6 +205,11 @@ def device_key(device: Mapping[str, Any]) -> str:
     """The name of a device, and the threads of a CPU."""
     threads = device.get("threads")
     return f"{device.get('name')}" + (f", {threads} thread(s)" if threads else "")
+
+
+def file_name(key: str) -> str:
+    """A device's key as a file name: nvidia-h200, amd-epyc-1-thread."""
+    return re.sub(r"[^a-z0-9]+", "-", key.lower().replace("(s)", "")).strip("-")
 
 
 def content_hash(found: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from fakes.profiles import profile_of
 
-from hwprune import cli_profile, device, profile_ops, profiling
+from hwprune import device, profile_ops, profiling
 from hwprune.cli import main
 from hwprune.device import DeviceProfile, content_hash, read_profile
 from hwprune.ops import Op
@@ -26,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
 
     def measured(ops: list[Op], place: torch.device, **given: Any) -> DeviceProfile:
         asked.append({"ops": ops, "place": place, "threads": torch.get_num_threads(), **given})
-        return real(OPS, place, **{**given, "minutes": 0.02})
+        return real(OPS, place, **{**given, "minutes": 1.0})
 
     monkeypatch.setattr(profiling, "measure_device", measured)
     monkeypatch.setattr(device, "FOLDER", tmp_path / "shipped")
@@ -194,7 +196,24 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     ],
 )
 def test_names_of_files(key: str, name: str) -> None:
-    assert cli_profile._file_name(key) == name
+    assert device.file_name(key) == name
+
+
+def test_the_script_is_the_command(root: Path, tmp_path: Path) -> None:
+    script = root / "scripts" / "profile_device.py"
+    words = [sys.executable, str(script), "--minutes", "0"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 2 and "--minutes: expected a positive number" in ran.stderr
+
+
+def test_the_road_of_a_gpu_is_walked_on_a_cpu(root: Path) -> None:
+    script = root / "scripts" / "benchmarks" / "profile_gpu.py"
+    before = sorted((root / "profiles").iterdir())
+    words = [sys.executable, str(script), "--dry-run"]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "16 operations, 0 not reached" in ran.stdout and "failed: none" in ran.stdout
+    assert sorted((root / "profiles").iterdir()) == before
 
 
 def test_the_default_shapes_are_those_of_profile_ops() -> None:

@@ -4,93 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from fakes.virtual import Board, FakeSource, Sensor, VirtualClock
+from fakes.machine import CPU, NONE, OPS, Machine, seconds
 from torch import Tensor
 
 from hwprune import profiling
-from hwprune.device import DeviceProfile, read_profile
-from hwprune.meter.estimate import Unavailable
-from hwprune.meter.modes import Runnable
-from hwprune.meter.timing import CpuTimer
+from hwprune.device import read_profile
 from hwprune.ops import Op, Pool
-from hwprune.profile_power import choose_anchors
 from hwprune.profile_state import State, claimed
-from hwprune.profiling import FEWEST_ROUNDS, MOST_ROUNDS, Bench, measure_device, this_device
-
-CPU = torch.device("cpu")
-NONE = Unavailable("no sensor in this test")
-OPS = [Op("linear", (m, n, 64), "fp32") for m in (8, 64) for n in (32, 64, 128, 256, 512, 1024)]
-
-
-def seconds(op: Op) -> float:
-    return 1e-3 * (1 + op.macs / 1e6)
-
-
-class Machine:
-    """A device of the virtual clock: what ran, how often, and what fails.
-
-    Args:
-        noise: deviation of the logarithm of a call's time.
-        fails: called before each call; may raise.
-        watts: power of an operation, to a fake board.
-    """
-
-    def __init__(
-        self,
-        noise: float = 0.0,
-        fails: Callable[[Op, int], None] = lambda op, calls: None,
-        watts: Callable[[Op], float] | None = None,
-    ) -> None:
-        self.clock, self.noise, self.fails, self.watts = VirtualClock(), noise, fails, watts
-        self.calls: Counter[Op] = Counter()
-        self.generator = random.Random(0)
-        self.board = Board(self.clock, watts=80.0)
-        self.captured: list[int] = []
-
-    def make(self, op: Op, pool: Pool) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            self.calls[op] += 1
-            self.fails(op, self.calls[op])
-            if self.watts is not None:
-                self.board.draw(self.watts(op))
-            self.clock.sleep(seconds(op) * math.exp(self.noise * self.generator.gauss(0, 1)))
-            return torch.zeros(1)
-
-        return call
-
-    def graph(self, call: Callable[[], object], device: torch.device, count: int) -> Runnable:
-        self.captured.append(count)
-
-        def replay() -> object:
-            for _ in range(count):
-                out = call()
-            return out
-
-        return Runnable(replay, count)
-
-    def bench(self, source: Any = NONE, graphs: bool = False) -> Bench:
-        timer = CpuTimer(None, self.clock.now_ns, lambda: 2 * self.clock.now_ns())
-        graph = self.graph if graphs else None
-        return Bench(timer, self.clock, source, False, graph, self.make, lambda timer: 0.01)
-
-    def measure(self, minutes: float = 2.0, **given: Any) -> DeviceProfile:
-        bench = given.pop("bench", None) or self.bench()
-        return measure_device(
-            given.pop("ops", OPS), CPU, name="fake", minutes=minutes, bench=bench, **given
-        )
-
-    @property
-    def now_s(self) -> float:
-        return self.clock.now_ns() / 1e9
+from hwprune.profiling import FEWEST_ROUNDS, MOST_ROUNDS, measure_device, this_device
 
 
 def test_what_is_measured_is_what_ran() -> None:
@@ -334,83 +261,6 @@ def test_the_order_of_rounds_is_random_and_seeded() -> None:
         return list(dict.fromkeys(seen[len(OPS) * 30 :]))
 
     assert order(0) == order(0) != order(1)
-
-
-# --- the road of a GPU, on a CPU -----------------------------------------------------------------
-
-
-def watts(op: Op) -> float:
-    return 200 + 300 * op.macs / 3.4e7
-
-
-def powered(**caps: Any) -> tuple[Machine, FakeSource]:
-    machine = Machine(watts=watts)
-    return machine, FakeSource(Sensor(machine.board), **caps)
-
-
-def test_graphs_are_captured_long_enough_and_timed_per_call() -> None:
-    machine = Machine()
-    found = machine.measure(bench=machine.bench(graphs=True))
-    assert {e.mode for e in found.entries} == {"graph"}
-    assert found.entries[0].latency_s == pytest.approx(seconds(OPS[0]), rel=1e-6)
-    assert set(machine.captured) == {1, 2}  # of 2 ms a replay, calls of 1 ms and more
-
-
-def test_anchors_have_power_and_energy_and_the_rest_is_null() -> None:
-    machine, source = powered(cap_w=700.0)
-    start = machine.now_s
-    found = machine.measure(1.0, bench=machine.bench(source, graphs=True))
-    anchors = [e for e in found.entries if e.power_w is not None]
-    assert 4 <= len(anchors) < len(found.entries)
-    for entry in anchors:
-        assert entry.power_w == pytest.approx(watts(entry.op), rel=0.01)
-        assert entry.energy_j == pytest.approx(entry.power_w * entry.latency_s)
-    assert all(e.energy_j is None for e in found.entries if e.power_w is None)
-    assert found.sensor["source"] == "fake" and found.sensor["power_cap_w"] == 700.0
-    assert source.closed == 1
-    assert machine.now_s - start <= 60 * 1.0 * 1.1
-    assert found.provenance["backend"] == "fake" and found.provenance["energy_failed"] == []
-
-
-def test_a_sensor_that_fails_leaves_null_and_the_reason() -> None:
-    machine, source = powered()
-    source._twist = lambda reading: replace(reading, energy_mj=None, error="gone", lost=True)
-    found = machine.measure(1.5, bench=machine.bench(source, graphs=True))
-    assert len(found.entries) == len(OPS)
-    assert all(e.energy_j is None and e.power_w is None for e in found.entries)
-    assert found.sensor["idle_w"] is None and "gone" in found.sensor["reason"]
-    assert len(found.provenance["energy_failed"]) == 3  # then it is not asked again
-    assert source.closed == 1
-
-
-def test_a_foreign_process_voids_the_power_not_the_latency() -> None:
-    machine, source = powered()
-    source.foreign_pids = (4711,)
-    found = machine.measure(1.5, bench=machine.bench(source, graphs=True))
-    assert len(found.entries) == len(OPS) and all(e.power_w is None for e in found.entries)
-    assert "foreign_process" in found.provenance["energy_failed"][0]["reason"]
-
-
-def test_the_sensor_is_given_back_after_an_error() -> None:
-    machine, source = powered()
-    with pytest.raises(ValueError, match="--minutes"):
-        machine.measure(1e-4, bench=machine.bench(source, graphs=True))
-    assert source.closed == 1
-
-
-def test_too_little_time_for_energy_is_said() -> None:
-    machine, source = powered()
-    found = machine.measure(0.2, bench=machine.bench(source))
-    assert found.sensor["reason"] == "no time was left for energy"
-
-
-def test_anchors_spread_over_all_rates_of_work() -> None:
-    entries = Machine().measure().entries
-    rates = [e.op.macs / e.latency_s for e in choose_anchors(entries, 4)]
-    every = [e.op.macs / e.latency_s for e in entries]
-    assert rates == sorted(rates) and (rates[0], rates[-1]) == (min(every), max(every))
-    assert len(choose_anchors(entries, 100)) == len(entries)
-    assert [len(choose_anchors(entries, n)) for n in (0, 1, 2)] == [0, 1, 2]
 
 
 def test_real_instruments_measure_something() -> None:

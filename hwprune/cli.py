@@ -1,4 +1,4 @@
-"""The command line: hwprune prune | eval | measure | profile | devices | inspect.
+"""The command line: hwprune prune | prune-diffusion | eval | measure | profile | devices | inspect.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr; 3 a budget that cannot be kept; 130 Ctrl-C.
 torch and timm are imported inside the commands, so that --help answers at once.
@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from hwprune.cli_diffusion import prune_diffusion
 from hwprune.cli_measure import measure
 from hwprune.cli_profile import devices, profile
 from hwprune.exits import BAD_INPUT, INTERRUPTED, plainly, say
@@ -295,6 +296,7 @@ def evaluate(
         show(f"{model} on {data}", ("", ""), rows, *([opened.note] if opened.note else []))
 
 
+app.command()(prune_diffusion)
 app.command()(measure)
 app.command()(profile)
 app.command()(devices)

@@ -63,9 +63,9 @@ LAYERS = (
     ("conditions", "teacher", "learning", "trajectory_scores", "trajectory_repair", "selection"),
     ("guards", "budget_price", "diffusion_report"),
     ("contract", "pruning", "report", "opening", "split", "structure", "workload"),
-    ("diffusion",),
+    ("diffusion", "diffusion_folder", "pictures"),
     ("hwprune",),
-    ("cli", "cli_measure", "cli_profile", "terminal", "exits"),
+    ("cli", "cli_diffusion", "cli_measure", "cli_profile", "terminal", "exits"),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 

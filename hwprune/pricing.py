@@ -1,8 +1,7 @@
 """Latency and energy of every way to leave a layer, on a profiled device: what the knapsack spends.
 
 A `Pricer` is made for one model, batch, type and device. Its dense total is measured where this machine is
-the device, else predicted; everything that is no operation of the profile is the residual of the dense
-model and stays in every plan.
+the device, else predicted; the residual of the dense model goes with the bytes an operation moves.
 """
 
 from __future__ import annotations
@@ -61,9 +60,9 @@ class Pricer:
         seconds, joules = 0.0, 0.0
         for op in ops:
             if op not in self._known:
-                self._known[op] = self.network.costs.predict(op)
+                self._known[op] = self.network.predict([op])  # with its share of the residual
             found = self._known[op]
-            seconds += self.network.scale * found.latency_s
+            seconds += found.latency_s
             joules = joules + found.energy_j if found.energy_j is not None else float("nan")
         return seconds, None if joules != joules else joules
 

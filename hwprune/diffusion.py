@@ -157,6 +157,7 @@ def prune_diffusion(
                 )
                 with clock("learn"):
                     choice = choose(task)
+                clock.seconds["learn"] = max(clock.seconds["learn"], choice.spent_s)
                 distances = {"unrepaired": task.distance(choice.keep)}
                 distances["check"] = distances["unrepaired"]
                 if repair if repair is not None else method in REPAIRED:

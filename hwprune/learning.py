@@ -116,6 +116,7 @@ class Choice:
         finished: False where time ran out before the gates had come down to the budget and settled.
         losses: of the updates.
         note: what the user should know, or "".
+        spent_s: on updates, those before a kill included.
     """
 
     keep: Tensor
@@ -124,6 +125,7 @@ class Choice:
     finished: bool = True
     losses: list[float] = field(default_factory=list)
     note: str = ""
+    spent_s: float = 0.0
 
 
 def trajectory_loss(task: Task, *, each_step: bool = False) -> Loss:
@@ -254,7 +256,9 @@ class _Learning:
                 f"the gates at {self.gates.expected():.3f} of the dense price for a budget of "
                 f"{self.task.budget:.3f}; the best mask so far was kept. Give more time"
             )
-        return Choice(keep, self.gates.step, self.gates.settled(), done, self.losses, note)
+        return Choice(
+            keep, self.gates.step, self.gates.settled(), done, self.losses, note, self.spent_s
+        )
 
     def save(self) -> None:
         """Write the state, whole or not at all."""

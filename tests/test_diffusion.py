@@ -108,7 +108,9 @@ def test_a_killed_run_goes_on_in_its_folder_to_the_same_model(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         pruned(Budget(params=0.8), folder=tmp_path, watch=killed)
     seen: list[int] = []
-    got, _ = pruned(Budget(params=0.8), folder=tmp_path, watch=lambda p: seen.append(p.step))
+    got, report = pruned(Budget(params=0.8), folder=tmp_path, watch=lambda p: seen.append(p.step))
+    again = pruned(Budget(params=0.8), folder=tmp_path)[1]
+    assert again.seconds["learn"] >= 0.9 * report.seconds["learn"]  # what was taken before counts
     assert seen == [6, 7, 8]
     assert all(
         torch.equal(a, b) for a, b in zip(expected.parameters(), got.parameters(), strict=True)

@@ -32,7 +32,7 @@ from hwprune.kernels.block_sparse.format import BlockSparseWeight, balanced  # n
 from hwprune.meter.rounds import of_ratio, orders  # noqa: E402
 
 NEEDS_GPU = True
-GPU_ARGUMENTS = "--seconds 180 --rounds 10"
+GPU_ARGUMENTS = "--seconds 150 --rounds 10"
 
 NAME = "kernels-gpu"
 ROWS = rows.ROOT / "profiles" / "rows" / f"{NAME}.jsonl"

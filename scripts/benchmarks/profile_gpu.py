@@ -26,6 +26,7 @@ from hwprune.profile_ops import profile_ops
 from hwprune.profiling import Bench, make_bench, measure_device, this_device
 
 NEEDS_GPU = True
+GPU_ARGUMENTS = "--minutes 2"
 
 MINUTES = 3.0
 BATCHES = (64, 1)

@@ -21,6 +21,8 @@ from hwprune.exits import BAD_INPUT, OUT_OF_REACH, plainly, say
 from hwprune.terminal import STDOUT, check_json, figure, show, write_json
 
 if TYPE_CHECKING:
+    import torch
+
     from hwprune.learning import Progress as Learned
 
 
@@ -208,7 +210,7 @@ def prune_diffusion(
         _quiet()
         types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
         opened = open_diffusion(model, dtype=None if dtype is None else types[dtype.value])
-        opened.whole.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        opened.whole.to(_place(device))
         bars("open the model", 1, 1)
         conditions = conditions_of(
             opened.whole, asked, steps=steps, scheduler=opened.scheduler, guidance=guidance
@@ -242,6 +244,7 @@ def prune_diffusion(
         if work is None:
             shutil.rmtree(keep, ignore_errors=True)
         found = {**report.to_dict(), "model": model, "out": str(out)}
+        found["opens"] = opened.opens(out)
         found["samples"] = str(shown) if pictures.note == "" else None
         if json is not None:
             write_json(json, found)
@@ -250,6 +253,25 @@ def prune_diffusion(
     if not report.settled:
         say(report.warnings[0])
         raise typer.Exit(OUT_OF_REACH)
+
+
+def _place(device: str | None) -> torch.device:
+    """Where to run.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        said = " ".join(str(error).split())[:120]
+        raise ValueError(f"--device {device}: it cannot be used here ({said})") from error
+    return found
 
 
 def _quiet() -> None:
@@ -335,3 +357,4 @@ def _show(found: Mapping[str, Any], note: str) -> None:
         *(f"warning: {warning}" for warning in found["warnings"]),
     ]
     show(f"{found['model']} -> {found['out']}", ("", "dense", "pruned", "kept"), rows, *after)
+    print(f"next: {found['opens']}")  # not wrapped: it is there to be copied

@@ -152,7 +152,7 @@ def prune_diffusion(
                     updates=updates,
                     seconds=None if minutes is None else 60 * minutes,
                     seed=seed,
-                    state=_state_file(keeping, key_of(sampler, train), *said),
+                    state=_state_file(keeping, sampler, train, *said),
                     watch=watch,
                 )
                 with clock("learn"):
@@ -203,11 +203,13 @@ class _Clock:
         return None if progress is None else (lambda done, total: progress(step, done, total))
 
 
-def _state_file(folder: Path | None, *said: Any) -> Path | None:
+def _state_file(
+    folder: Path | None, sampler: Sampler, train: Sequence[Batch], *said: Any
+) -> Path | None:
     """Where the state of a run is kept, under a name made of all that decides it."""
     if folder is None:
         return None
-    name = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps([key_of(sampler, train), *said]).encode()).hexdigest()[:24]
     return folder / f"learning-{name}.pt"
 
 

@@ -51,6 +51,13 @@ class DiffusionFolder:
         """What `hwprune.prune_diffusion` takes: the pipeline where there is one."""
         return self.model if self.pipeline is None else self.pipeline
 
+    def opens(self, out: Path) -> str:
+        """A line of Python that opens what was saved, once hwprune is imported."""
+        if self.form == "pipeline":
+            return f'import hwprune; pipeline = hwprune.load("{out}")'
+        place = out if self.form == "component" else out / self.name
+        return f'import hwprune; model = hwprune.load("{place}")'
+
 
 def open_diffusion(name: str, *, dtype: torch.dtype | None = None) -> DiffusionFolder:
     """Open MODEL of `hwprune prune-diffusion`.

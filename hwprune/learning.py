@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from hwprune.gates import HardConcreteGates, TopKGates
 from hwprune.gating import Gating
 from hwprune.prices import Price, keep_within
 from hwprune.settling import SettlingGates
@@ -27,24 +28,11 @@ _CHECKS = 10  # of the mask on other images, once it is within the budget
 _TRIED = 3  # updates that are timed before their number is chosen to fit the time
 
 
-@runtime_checkable
-class Gates(Protocol):
-    """What `hwprune.gates` and `hwprune.settling` offer."""
-
-    step: int
-
-    def learn(self, loss: Tensor, final: Tensor) -> None: ...  # noqa: D102
-    def expected(self) -> float: ...  # noqa: D102
-    def settled(self) -> float: ...  # noqa: D102
-    def keep(self) -> Tensor: ...  # noqa: D102
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state: Any) -> None: ...  # noqa: D102
-
-
+Gates: TypeAlias = SettlingGates | HardConcreteGates | TopKGates
 Loss: TypeAlias = Callable[
     [Batch, Tensor], tuple[Tensor, Tensor]
 ]  # (batch, gates) -> (loss, final)
-MakeGates: TypeAlias = Callable[[int], Any]  # number of updates -> gates
+MakeGates: TypeAlias = Callable[[int], Gates]  # number of updates -> gates
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ class _Learning:
     def __init__(self, task: Task, make: MakeGates, loss: Loss, best: bool) -> None:
         self.task, self.make, self.loss, self.best = task, make, loss, best
         self.steps, self.spent_s, self.losses = task.updates, 0.0, list[float]()
-        self.gates = make(self.steps)
+        self.gates: Gates = make(self.steps)
         self.found: tuple[float, Tensor] | None = None
         self.mark = self.saved = time.monotonic()
         self.timed = task.seconds is None
@@ -181,8 +169,9 @@ class _Learning:
         """Learn from one batch."""
         batch = self._batch(self.gates.step)
         images = len(batch.seeds)
-        own = isinstance(self.gates, SettlingGates)
-        flat = self.gates.draw(images) if own else self.gates.draw()
+        flat = (
+            self.gates.draw(images) if isinstance(self.gates, SettlingGates) else self.gates.draw()
+        )
         value, final = self.loss(batch, flat)
         self.losses.append(float(value.detach()))
         self.gates.learn(value, final)
@@ -306,16 +295,13 @@ class _Learning:
         self.found = None if found is None else (float(found["distance"]), found["keep"])
 
 
-def _within(gates: Any, task: Task) -> Tensor:
+def _within(gates: Gates, task: Task) -> Tensor:
     """The mask of gates that have not come down to the budget yet: the least wanted go at once."""
-    try:
-        keep: Tensor = gates.keep()
-        return keep
-    except ValueError:
-        worth = gates.gain()
+    if not isinstance(gates, SettlingGates) or gates.expected() <= task.budget + 1e-9:
+        return gates.keep()
     on = gates.kept.double().requires_grad_()
     (each,) = torch.autograd.grad(task.price(on), on)
-    worth = worth / each.clamp_min(1e-12)
+    worth = gates.gain() / each.clamp_min(1e-12)
     pool = gates.kept.nonzero()[:, 0]
     order = pool[worth[pool].argsort(descending=True, stable=True)]
     return keep_within(task.price, order, task.budget, len(worth))

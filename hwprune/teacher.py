@@ -64,6 +64,13 @@ class Sampler:
         """Check the solver."""
         self.model, self.conditions, self.offload = model, conditions, offload
         self.solver = Solver(conditions.scheduler)
+        self._digest = ""
+
+    @property
+    def digest(self) -> str:
+        """Name of the weights as they are when it is first asked for; 10 GB take some ten seconds."""
+        self._digest = self._digest or digest(portable(self.model.state_dict()))
+        return self._digest
 
     @property
     def device(self) -> torch.device:
@@ -220,7 +227,7 @@ def key_of(sampler: Sampler, batches: Sequence[Batch]) -> str:
     conditions = sampler.conditions
     config = {k: str(v) for k, v in dict(conditions.scheduler.config).items()}
     said: dict[str, Any] = {
-        "weights": digest(portable(sampler.model.state_dict())),
+        "weights": sampler.digest,
         "class": type(sampler.model).__name__,
         "config": {k: str(v) for k, v in dict(getattr(sampler.model, "config", {})).items()},
         "scheduler": [sampler.solver.name, config, conditions.scheduler.timesteps.tolist()],

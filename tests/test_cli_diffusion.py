@@ -85,6 +85,8 @@ def test_parts_in_parts_out(
     same = (out / "scheduler" / "scheduler_config.json").read_bytes()
     assert same == (parts / "scheduler" / "scheduler_config.json").read_bytes()
     table = [line for line in ran.out.splitlines() if "samples.png" not in line]
+    table = [line for line in table if not line.startswith("next: ")]
+    assert f'hwprune.load("{out / "transformer"}")' in ran.out
     assert max(map(len, table)) <= 100 and "\x1b[" not in ran.out
     assert not list(tmp_path.glob(".*")), "the work folder was left"
     assert Ran(capsys, parts, *SHORT, "--out", out).code == 2
@@ -181,6 +183,8 @@ def test_gates_that_do_not_settle_are_exit_3_and_the_best_is_kept(
         (("--kinds", "block"), 2, ("head, neuron, depth",)),
         (("--method", "best"), 2, ("--method", "ecodiff")),
         (("--images", "0"), 2, ("images: expected at least 1",)),
+        (("--device", "cuda:77"), 2, ("--device cuda:77: it cannot be used here",)),
+        (("--device", "tpu9"), 2, ("--device tpu9",)),
         (("--json", "no/such.json"), 2, ("no such folder no",)),
         (("--prompts", "no.txt"), 2, ("--prompts and --labels: give one",)),
     ],
@@ -234,6 +238,30 @@ def test_bad_folders_are_refused_in_one_line(
     refused(parts, "both a transformer and a unet")
     (parts / "transformer" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     refused(parts / "transformer", "holds a AutoencoderKL")
+
+
+def test_a_name_that_is_no_folder_is_asked_of_the_hub(
+    capsys: pytest.CaptureFixture[str],
+    stored: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def download(name: str, **_: object) -> str:
+        asked.append(name)
+        if name == "some/pipeline":
+            return str(stored)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    words = ("--budget", "params=0.97", *QUICK, "--out", tmp_path / "out", "--json", "-")
+    ran = Ran(capsys, "some/pipeline", *words)
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out)["images"]["conditions"] == 1  # the empty prompt alone
+    ran = Ran(capsys, "some/other", *words, "--force")
+    assert ran.code == 2 and "could not be had from the hub: no connection" in ran.err
+    assert asked == ["some/pipeline", "some/other"]
 
 
 def test_targets_are_refused_before_the_work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hwprune.teacher import Sampler, draw
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from fakes.tiny_diffusion import flow, stable_diffusion, tiny_dit  # noqa: E402
+from fakes.tiny_diffusion import flow, flux, pixart, sd3, sdxl, stable_diffusion, tiny_dit  # noqa: E402
 
 PROMPTS = ["a cat", "dogs", "x y z"]
 
@@ -47,20 +48,37 @@ def test_guidance_by_labels_is_the_mixture_of_both_predictions() -> None:
     torch.testing.assert_close(got, without + 2.5 * (given - without))
 
 
-@pytest.mark.parametrize("guidance", [None, 3.0, 1.0])
+PIPELINES = {"sd": stable_diffusion, "sdxl": sdxl, "sd3": sd3, "flux": flux, "pixart": pixart}
+
+
+@pytest.mark.parametrize(
+    ("which", "guidance", "mixed"),
+    [
+        ("sd", None, 7.5),
+        ("sd", 3.0, 3.0),
+        ("sd", 1.0, 1.0),
+        ("sdxl", None, 5.0),
+        ("sdxl", 1.0, 1.0),
+        ("sd3", None, 7.0),
+        ("flux", None, 1.0),  # its guidance is an input of the model
+        ("flux", 2.0, 1.0),
+        ("pixart", None, 4.5),
+    ],
+)
 def test_prompts_give_the_latents_of_the_pipeline_itself(
-    tmp_path: Path, guidance: float | None
+    tmp_path: Path, which: str, guidance: float | None, mixed: float
 ) -> None:
-    pipeline = stable_diffusion(tmp_path)
-    found = prompt_conditions(pipeline, PROMPTS, steps=4, guidance=guidance)
-    assert found.guidance == {None: 7.5, 3.0: 3.0, 1.0: 1.0}[guidance]
-    sampler = Sampler(pipeline.unet.requires_grad_(False), found)
+    pipeline = PIPELINES[which](tmp_path)
+    _, model = component_of(pipeline)
+    found = prompt_conditions(pipeline, PROMPTS, steps=3, guidance=guidance)
+    assert found.guidance == mixed
+    sampler = Sampler(model.requires_grad_(False), found)
     (batch,) = draw(sampler, "train", 3, batch=3)
     pipeline.set_progress_bar_config(disable=True)
-    asked = {} if guidance is None else {"guidance_scale": guidance}
+    asked: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     expected = pipeline(
         [PROMPTS[i] for i in batch.conditions],
-        num_inference_steps=4,
+        num_inference_steps=3,
         latents=batch.start / sampler.solver.start_scale,
         output_type="latent",
         **asked,

@@ -300,3 +300,33 @@ def test_a_compact_layer_computes_the_whole_weight(bias: bool, empty: str) -> No
     x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(compact(x), F.linear(x, weight, shift))
     assert compact.weight.numel() == int((weight != 0).any(1).sum() * (weight != 0).any(0).sum())
+
+
+WITHOUT_TRITON = """
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Gone())
+import torch
+from torch import nn
+from hwprune import BlockSparseLinear
+from hwprune.kernels.block_sparse import op
+linear = nn.Linear(96, 128)
+sparse = BlockSparseLinear.from_dense(linear, torch.rand(4, 3) < 0.6, (32, 32))
+x = torch.randn(20, 96, requires_grad=True)
+torch.testing.assert_close(sparse(x), nn.functional.linear(x, sparse.to_dense(), linear.bias))
+sparse(x).sum().backward()
+print(op._triton(), x.grad.shape)
+"""
+
+
+def test_where_there_is_no_triton_everything_else_works() -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], env=env, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "None torch.Size([20, 96])"
+    assert "run as plain PyTorch on this GPU: no usable Triton" in done.stderr

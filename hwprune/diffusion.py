@@ -100,6 +100,7 @@ def prune_diffusion(
             f"{type(model).__name__} is pruned already, and a file can describe only one step from the "
             "dense model; prune the dense model with the smaller budget"
         )
+    repaired = method in REPAIRED if repair is None else repair
     clock = _Clock(progress)
     units = find_units(model, kinds)
     if not isinstance(conditions, Conditions):
@@ -141,7 +142,7 @@ def prune_diffusion(
             return _finish(sampler, units, kept, cost, budget, method, choice, none, sets, clock)
         with weights_back(model, units):
             with gated(model, units) as gating:
-                said = [method, asdict(budget), kinds, updates, minutes, seed]
+                said = [method, asdict(budget), kinds, updates, minutes, seed, repaired]
                 task = Task(
                     sampler=sampler,
                     gating=gating,
@@ -154,13 +155,14 @@ def prune_diffusion(
                     seed=seed,
                     state=_state_file(keeping, sampler, train, *said),
                     watch=watch,
+                    repaired=repaired,
                 )
                 with clock("learn"):
                     choice = choose(task)
                 clock.seconds["learn"] = max(clock.seconds["learn"], choice.spent_s)
                 distances = {"unrepaired": task.distance(choice.keep)}
                 distances["check"] = distances["unrepaired"]
-                if repair if repair is not None else method in REPAIRED:
+                if repaired:
                     with clock("repair"):
                         done = repair_trajectory_(
                             sampler, gating, choice.keep, train, check, progress=clock.of("repair")

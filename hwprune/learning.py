@@ -74,6 +74,7 @@ class Task:
         seed: of everything drawn.
         state: file to keep the state in; None = none.
         watch: told after each update.
+        repaired: whether the mask that is chosen will be re-fitted.
     """
 
     sampler: Sampler
@@ -87,6 +88,7 @@ class Task:
     seed: int = 0
     state: Path | None = None
     watch: Watch | None = None
+    repaired: bool = False
 
     def distance(self, keep: Tensor) -> float:
         """Mean squared distance to the dense latents on the check images with a mask in force."""

@@ -11,6 +11,7 @@ over informative timesteps, arXiv 2305.10924; OBS-Diff's timestep-weighted momen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hwprune import criteria, trajectory_scores
+from hwprune.compensation import compensable, compensated
 from hwprune.gates import HardConcreteGates, TopKGates
 from hwprune.learning import Choice, Task, learn, trajectory_loss
 from hwprune.prices import keep_within
@@ -28,12 +30,29 @@ Method: TypeAlias = Callable[[Task], Choice]
 
 
 def ours(task: Task) -> Choice:
-    """Gates that are 0 or 1 and within the budget at every step, learned through the whole trajectory."""
-    return learn(task, lambda updates: _settling(task, updates), trajectory_loss(task))
+    """Gates that are 0 or 1 and within the budget at every step, learned through the whole trajectory.
+
+    Where the result will be re-fitted, they are learned with the re-fit in force.
+    """
+    if not task.repaired:
+        return learn(task, lambda updates: _settling(task, updates), trajectory_loss(task))
+    sampler = task.sampler
+    names = compensable(sampler.model, task.gating.layout.units)
+    weights = trajectory_scores.step_weights(sampler, task.train[:1])
+    moments = trajectory_scores.moments_along(sampler, task.train, names, weights)
+    with compensated(sampler.model, task.gating, moments) as gating:
+        inner = replace(task, gating=gating)
+        # With the re-fit in force the curvature alone says what goes: 8 updates on a small DiT ended at 0.016
+        # with no trust in the gradient, at 0.021 with 0.3; without the re-fit in force at 0.022 and 0.039.
+        return learn(
+            inner, lambda updates: _settling(inner, updates, trust=0.0), trajectory_loss(inner)
+        )
 
 
-def _settling(task: Task, updates: int) -> SettlingGates:
-    return SettlingGates(task.gating.layout, task.price, task.budget, steps=updates, seed=task.seed)
+def _settling(task: Task, updates: int, trust: float = 0.3) -> SettlingGates:
+    return SettlingGates(
+        task.gating.layout, task.price, task.budget, steps=updates, seed=task.seed, trust=trust
+    )
 
 
 def top_k(task: Task) -> Choice:

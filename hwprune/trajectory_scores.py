@@ -185,8 +185,8 @@ def moments_along(
 def obs(sampler: Sampler, gating: Gating, batches: Sequence[Batch]) -> Tensor:
     """What the best re-fit leaves of a unit's removal, greedily, of its layer's output: [N], higher = keep.
 
-    Moments are weighted over timesteps by a line that falls logarithmically from the first step of the
-    trajectory to the last, as OBS-Diff publishes it. Depth units have no columns: they are kept.
+    Moments are weighted over timesteps by a logarithmic decrease from the first step of the trajectory (1.1) to
+    the last (0.1 or a little more), in the manner of OBS-Diff. Depth units have no columns: they are kept.
     """
     layout = gating.layout
     steps = len(sampler.solver)

@@ -215,7 +215,7 @@ def prune_diffusion(
         conditions = conditions_of(
             opened.whole, asked, steps=steps, scheduler=opened.scheduler, guidance=guidance
         )
-        pictures = Sampled(opened, conditions, seed)
+        pictures = Sampled(opened, conditions, seed=seed, batch=max(1, batch))
         opened.pipeline = (
             None  # encoders and VAE are freed; the pictures at the end open them again
         )

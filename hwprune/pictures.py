@@ -26,23 +26,26 @@ class Sampled:
         opened: with the dense denoiser.
         conditions: what to draw.
         seed: of the run; the pictures are of held-out first latents.
+        batch: images at a time.
 
     Attributes:
         note: why there are none, or "".
     """
 
-    def __init__(self, opened: DiffusionFolder, conditions: Conditions, seed: int) -> None:
+    def __init__(
+        self, opened: DiffusionFolder, conditions: Conditions, *, seed: int, batch: int
+    ) -> None:
         """Draw the dense model's."""
         self.opened, self.whole, self.note = opened, opened.pipeline is not None, ""
         self.sampler = Sampler(opened.model, conditions)
-        self.batch = draw(self.sampler, "held", SHOWN, batch=SHOWN, seed=seed)[0]
+        self.batches = draw(self.sampler, "held", SHOWN, batch=min(batch, SHOWN), seed=seed)
         labelled = "class_labels" in conditions.inputs[0]
         if importlib.util.find_spec("matplotlib") is None:
             self.note = "no pictures without matplotlib: pip install hwprune[plot]"
         elif self.whole and not labelled and not _takes_latents(opened.pipeline):
             self.note = f"no pictures: {type(opened.pipeline).__name__} takes no first latents"
         else:
-            self.dense = drawn(self.sampler, self.batch, opened.pipeline)
+            self.dense = self._drawn(self.sampler, opened.pipeline)
 
     def __call__(self, folder: Path, file: Path) -> None:
         """Draw the pruned model's, from its folder where that is a pipeline, and write both."""
@@ -53,8 +56,20 @@ class Sampled:
             weight = next(self.opened.model.parameters())
             pipeline = load_pipeline(folder, weight.device, weight.dtype)
             sampler = Sampler(getattr(pipeline, self.opened.name), self.sampler.conditions)
-        names = [self.sampler.conditions.names[i] for i in self.batch.conditions]
-        side_by_side(self.dense, drawn(sampler, self.batch, pipeline), names, file)
+        conditions = self.sampler.conditions
+        names = [conditions.names[i] for batch in self.batches for i in batch.conditions]
+        pruned = self._drawn(sampler, pipeline)
+        if self.dense is not None and pruned is not None:
+            side_by_side(self.dense, pruned, names, file)
+
+    def _drawn(self, sampler: Sampler, pipeline: Any) -> Tensor | None:
+        """Pictures; where they fail, say so: hours of learning are not lost for want of a picture."""
+        try:
+            return torch.cat([drawn(sampler, batch, pipeline) for batch in self.batches])
+        except (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
+            said = " ".join(str(error).split())[:160]
+            self.note = f"no pictures: {type(error).__name__}: {said}"
+            return None
 
 
 def _takes_latents(pipeline: Any) -> bool:

@@ -112,6 +112,33 @@ def test_a_pipeline_in_a_pipeline_out(
             assert (out / part / file.name).read_bytes() == file.read_bytes()
 
 
+def test_pictures_that_fail_do_not_cost_the_model(
+    capsys: pytest.CaptureFixture[str],
+    parts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed, so there are no pictures"
+    )
+    from hwprune import pictures
+
+    real, calls = pictures.drawn, 0
+
+    def failing(*args: Any, **given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:  # the dense model's are two batches of four
+            raise RuntimeError("the decoder is out of memory")
+        return real(*args, **given)
+
+    monkeypatch.setattr(pictures, "drawn", failing)
+    ran = Ran(capsys, parts, *SHORT, "--out", tmp_path / "out")
+    assert ran.code == 0 and "no pictures: RuntimeError: the decoder is out of" in ran.out
+    assert count(hwprune.load(tmp_path / "out" / "transformer")) < count(tiny_dit())
+    assert not (tmp_path / "out" / "samples.png").exists()
+
+
 def test_a_component_in_a_component_out(
     capsys: pytest.CaptureFixture[str], parts: Path, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def test_a_profile_is_measured_written_and_told(
     assert (told["entries"], told["with_energy"]) == (2, 0) and told["energy_reason"]
     found = read_profile(tmp_path / "my.json")
     assert found.device["threads"] == 1 and found.provenance["clock"] == "thread CPU time"
-    assert found.provenance["command"].startswith("hwprune ")
+    assert found.provenance["command"].startswith("hwprune")
     assert (quick[0]["minutes"], quick[0]["threads"]) == (3.0, 1)
     assert {op.dtype for op in quick[0]["ops"]} == {"fp32", "bf16"}
     assert {op.shape[0] for op in quick[0]["ops"]} >= {8 * 197, 197}

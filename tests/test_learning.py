@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +115,10 @@ def test_time_that_runs_out_is_said_and_the_mask_meets_the_budget() -> None:
         assert float(hurried.price(choice.keep.double())) <= hurried.budget + 1e-9
 
 
-def test_the_number_of_updates_is_fitted_to_the_time() -> None:
+def test_the_number_of_updates_is_fitted_to_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()  # a clock that goes on by 5 ms whenever it is looked at
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) * 0.005)
+    monkeypatch.setattr("hwprune.learning.time", clock)
     seen: list[Progress] = []
     with task(seconds=2.0, updates=100_000, watch=seen.append) as timed:
         choice = METHODS["ours"](timed)

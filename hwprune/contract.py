@@ -21,6 +21,7 @@ from hwprune.meter.compare import measure
 from hwprune.meter.estimate import Estimate
 from hwprune.network import NetworkModel
 from hwprune.operations import count_operations
+from hwprune.ops import DTYPES
 from hwprune.predict import CostModel
 from hwprune.pricing import Pricer
 from hwprune.profiling import this_device
@@ -30,7 +31,7 @@ from hwprune.units import Mask
 ATTEMPTS = 4
 _CLOSE = 0.03  # of the budget left unused that is not worth another try
 _BEYOND = 0.05  # share of the time beyond the sizes of the profile that is not worth a word
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +41,13 @@ class Contract:
     Attributes:
         pricer: predicts on the profile.
         x: the batch that is timed.
-        here: this machine is the profile's device, so that the result is measured.
-        dense: a copy of the dense model to measure against; None where it is not `here`.
+        dense: a copy of the dense model to measure against; None where this machine is not the profile's
+            device, and nothing can be measured.
         notes: what the user should know.
     """
 
     pricer: Pricer
     x: Tensor
-    here: bool
     dense: nn.Module | None
     notes: tuple[str, ...] = ()
 
@@ -100,8 +100,8 @@ def contract(
             f"{costs.profile.name} was measured at other sizes: {share:.0%} of the time of {tuple(x.shape)} "
             "is extrapolated"
         )
-    pricer = Pricer(network, len(x), _TYPES[x.dtype], dense, block, here)
-    return Contract(pricer, x, here, copy.deepcopy(model).eval() if here else None, tuple(notes))
+    pricer = Pricer(network, len(x), _TYPES[x.dtype], dense, block)
+    return Contract(pricer, x, copy.deepcopy(model).eval() if here else None, tuple(notes))
 
 
 def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from hwprune.report import promised
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,7 @@ class DiffusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the keys DESIGN promises to scripts."""
-        unknown = {
-            "latency_ratio": None,
-            "energy_ratio": None,
-            "reason": "budgets macs and params need no clock and no meter: nothing was timed in this run",
-        }
-        return {
-            **json.loads(json.dumps(asdict(self))),
-            "macs_ratio": self.macs_ratio,
-            "params_ratio": self.params_ratio,
-            "predicted": dict(unknown),
-            "measured": dict(unknown),
-            "seconds": sum(self.seconds.values()),
-            "seconds_by_step": dict(self.seconds),
-        }
+        return promised(self, {})
 
     def __str__(self) -> str:
         """A few lines for a terminal."""

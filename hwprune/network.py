@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.optimize import nnls
 
-from hwprune.operations import layer_operations as layer_operations
-from hwprune.operations import operations as operations
 from hwprune.ops import Op
 from hwprune.predict import CostModel, Prediction, total
 

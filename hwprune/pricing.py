@@ -29,7 +29,6 @@ class Pricer:
         dtype: fp32, fp16 or bf16.
         dense: latency and energy of the whole dense model for a batch.
         block: tile size of block options.
-        measured: the dense latency was measured on this machine, not predicted.
     """
 
     network: NetworkModel
@@ -37,7 +36,6 @@ class Pricer:
     dtype: str
     dense: Prediction
     block: tuple[int, int] = (0, 0)
-    measured: bool = False
     _known: dict[Op, Prediction] = field(default_factory=dict)
 
     def price(

@@ -58,20 +58,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the keys DESIGN promises to scripts."""
-        unknown = {
-            "latency_ratio": None,
-            "energy_ratio": None,
-            "reason": "budgets macs and params need no clock and no meter: nothing was timed in this run",
-        }
-        return {
-            **json.loads(json.dumps(asdict(self))),
-            "macs_ratio": self.macs_ratio,
-            "params_ratio": self.params_ratio,
-            "predicted": dict(self.on_device.get("predicted", unknown)),
-            "measured": dict(self.on_device.get("measured", unknown)),
-            "seconds": sum(self.seconds.values()),
-            "seconds_by_step": dict(self.seconds),
-        }
+        return promised(self, self.on_device)
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
@@ -90,6 +77,29 @@ class Report:
                     ends = f"[{figure['lo']:.3f}, {figure['hi']:.3f}]"
                     lines.append(f"{name.replace('_', ' ')} {when}: {figure['value']:.3f} {ends}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+
+def promised(report: Any, on_device: Mapping[str, Any]) -> dict[str, Any]:
+    """A report's fields with the keys that DESIGN promises to scripts.
+
+    Args:
+        report: a dataclass with seconds by step and the two ratios.
+        on_device: "predicted" and "measured", where latency or energy was asked for.
+    """
+    unknown = {
+        "latency_ratio": None,
+        "energy_ratio": None,
+        "reason": "budgets macs and params need no clock and no meter: nothing was timed in this run",
+    }
+    return {
+        **json.loads(json.dumps(asdict(report))),
+        "macs_ratio": report.macs_ratio,
+        "params_ratio": report.params_ratio,
+        "predicted": dict(on_device.get("predicted", unknown)),
+        "measured": dict(on_device.get("measured", unknown)),
+        "seconds": sum(report.seconds.values()),
+        "seconds_by_step": dict(report.seconds),
+    }
 
 
 def environment(device: torch.device | None = None) -> dict[str, str]:

@@ -85,22 +85,4 @@ def block_sparse_glu(
         raise ValueError(
             f"block_sparse_glu: expected tiles of two matrices (see stack), got {len(weight.values)}"
         )
-    cast = op.cast_for_autocast(x, weight.values, bias, residual)
-    x, values, bias, residual = cast[0], cast[1], cast[2], cast[3]  # type: ignore[assignment]
-    assert values is not None
-    weight = replace(weight, values=values)
-    op.check_input("block_sparse_glu", x, weight, bias, residual, act, weights=2)
-    out: Tensor = op.block_sparse(
-        x,
-        weight.values,
-        weight.idx,
-        weight.crow,
-        weight.order,
-        bias,
-        residual,
-        weight.shape[0],
-        act,
-        True,
-        count,
-    )
-    return out
+    return op.run("block_sparse_glu", x, weight, bias, residual, act, gated=True, count=count)

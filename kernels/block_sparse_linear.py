@@ -6,8 +6,6 @@ block_sparse/tiles.py. Shapes: x [..., K], W [N, K] in tiles of (bn, bk), see bl
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,22 +65,4 @@ def block_sparse_linear(
     Raises:
         ValueError: what does not fit, see `op.check_input`.
     """
-    cast = op.cast_for_autocast(x, weight.values, bias, residual)
-    x, values, bias, residual = cast[0], cast[1], cast[2], cast[3]  # type: ignore[assignment]
-    assert values is not None
-    weight = replace(weight, values=values)
-    op.check_input("block_sparse_linear", x, weight, bias, residual, act)
-    out: Tensor = op.block_sparse(
-        x,
-        weight.values,
-        weight.idx,
-        weight.crow,
-        weight.order,
-        bias,
-        residual,
-        weight.shape[0],
-        act,
-        False,
-        count,
-    )
-    return out
+    return op.run("block_sparse_linear", x, weight, bias, residual, act, gated=False, count=count)

@@ -17,7 +17,7 @@ from hwprune.meter.estimate import Unavailable
 from hwprune.meter.open import open_source
 from hwprune.meter.recorder import Recorder
 from hwprune.meter.source import GAIN_UNCERTAINTY_REL, Capabilities, EnergySource, Reading
-from hwprune.meter.ticks import counter_fault, grown, held_mean, reading_fault, ticks
+from hwprune.meter.ticks import board_flags, counter_fault, held_mean, reading_fault, ticks
 
 _TICK_PATIENCE_S = 0.3  # three times the slowest refresh seen
 _STRETCH = 1 / 500  # a reading every 0.2 % of the time so far
@@ -246,10 +246,4 @@ def _flags(
         allowed = 0.05 + found.uncertainty_rel
         if milliwatts and abs(milliwatts / 1e3 / found.average_power_w - 1) > allowed:
             flags.append("sensor_disagreement")
-    if caps.scope == "module":
-        flags.append("module_scope")
-    if grown(readings, "thermal_ns"):
-        flags.append("thermal_slowdown")
-    if grown(readings, "brake_ns"):
-        flags.append("hw_power_brake")
-    return flags
+    return flags + board_flags(readings, caps.scope)

@@ -148,3 +148,13 @@ def grown(readings: Sequence[Reading], name: str) -> int | None:
     """By how much a cumulative field grew from the first reading that has it to the last."""
     known = [value for r in readings if (value := getattr(r, name)) is not None]
     return int(known[-1] - known[0]) if len(known) > 1 else None
+
+
+def board_flags(readings: Sequence[Reading], scope: str) -> list[str]:
+    """What the board itself says of a window: what its joules cover, and whether it slowed down."""
+    flags = ["module_scope"] if scope == "module" else []
+    if grown(readings, "thermal_ns"):
+        flags.append("thermal_slowdown")
+    if grown(readings, "brake_ns"):
+        flags.append("hw_power_brake")
+    return flags

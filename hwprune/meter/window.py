@@ -16,6 +16,7 @@ from hwprune.meter.estimate import Unavailable
 from hwprune.meter.source import Capabilities, EnergySource, Reading
 from hwprune.meter.steady import PATIENCE_S, Ends, Run
 from hwprune.meter.ticks import (
+    board_flags,
     counter_fault,
     grown,
     held_mean,
@@ -181,12 +182,7 @@ def _assess(
         flags.append("aliasing_risk")
     if caps.scope != "package" and power_w < _low_power_w(caps):
         flags.append("low_power")
-    if caps.scope == "module":
-        flags.append("module_scope")
-    if grown(readings, "thermal_ns"):
-        flags.append("thermal_slowdown")
-    if grown(readings, "brake_ns"):
-        flags.append("hw_power_brake")
+    flags += board_flags(readings, caps.scope)
     capped_ns = grown(readings, "capped_ns")
     covered_ns = readings[-1].t_ns - readings[0].t_ns
     energy_j = power_w * duration_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -364,10 +365,29 @@ def check_input(
             )
 
 
-def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in autocast's dtype where it is on for x's device, as F.linear does; as they are otherwise."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+def run(
+    op: str,
+    x: Tensor,
+    weight: BlockSparseWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    *,
+    gated: bool,
+    count: int,
+) -> Tensor:
+    """Check and multiply, in autocast's dtype where it is on for x's device, as F.linear does.
+
+    Raises:
+        ValueError: see `check_input`; `op` is the name it is told under.
+    """
+    kind, values = x.device.type, weight.values
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, values = x.to(dtype), values.to(dtype)
+        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+    weight = replace(weight, values=values)
+    check_input(op, x, weight, bias, residual, act, weights=2 if gated else 1)
+    tensors = (x, values, weight.idx, weight.crow, weight.order, bias, residual)
+    out: Tensor = block_sparse(*tensors, weight.shape[0], act, gated, count)
+    return out

@@ -82,7 +82,16 @@ LAYERS = (
     ),
     ("diffusion", "diffusion_folder", "pictures"),
     ("hwprune",),
-    ("cli", "cli_diffusion", "cli_measure", "cli_profile", "terminal", "exits"),
+    (
+        "cli",
+        "cli_diffusion",
+        "cli_measure",
+        "cli_profile",
+        "cli_prune",
+        "cli_words",
+        "terminal",
+        "exits",
+    ),
 )
 RANK = {module: rank for rank, row in enumerate(LAYERS) for module in row}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hwprune.report import promised
@@ -64,7 +64,7 @@ class DiffusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the keys DESIGN promises to scripts."""
-        return promised(self, {})
+        return promised(asdict(self), self.macs_ratio, self.params_ratio, {})
 
     def __str__(self) -> str:
         """A few lines for a terminal."""

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from hwprune.families import timm_vit
 from hwprune.realise import Shape, realise_, zero_
 from hwprune.repair import repair_
 from hwprune.report import Report, environment
+from hwprune.report_rows import curve_rows, layer_rows, tile_rows
 from hwprune.rotate import rotate_
 from hwprune.statistics import (
     Statistics,
@@ -219,7 +220,7 @@ def prune(
 
     with _timed(seconds, "contract"):
         plan, mask = settle(terms, solve, shaped)
-    job = _Job(analysis, plan, budget, base, seconds, seed, terms)
+    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms)
     if all(bool(grid.all()) for grid in mask.values()):
         return _finish(model, job, {}, batches, 0.0, None)
     with _undone_on_failure(model):
@@ -235,6 +236,7 @@ class _Job:
 
     analysis: Analysis
     plan: Plan
+    mask: Mask
     budget: Budget
     base: dict[str, object]
     seconds: dict[str, float]
@@ -326,10 +328,6 @@ def _finish(
                 f"the realised model has {metric} {got:.6g}, the budget allows {limit:.6g}; please report "
                 "this model"
             )
-    rows = []
-    for layer in layers_of(analysis.units):
-        structure = {k: v for k, v in asdict(plan.structure[layer.name]).items() if v is not None}
-        rows.append({"layer": layer.name, "kept": structure})
     kinds = tuple(dict.fromkeys(u.kind for u in analysis.units))
     statistics = analysis.statistics
     report = Report(
@@ -344,7 +342,7 @@ def _finish(
             "measured": measured,
             "unit": "nats" if statistics.output == "kl" else "half squared feature distance",
         },
-        tuple(rows),
+        tuple(layer_rows(analysis.units, plan.structure)),
         {
             "images": statistics.images,
             "weighting": statistics.weighting,
@@ -356,6 +354,8 @@ def _finish(
         + (() if shape else ("the budget allows the dense model: nothing was removed",)),
         environment(batches[0].device),
         {} if terms is None else told(terms, plan, proof),
+        tuple(tile_rows(analysis.units, job.mask)),
+        tuple(curve_rows(analysis.curves, plan.keep)),
     )
     model.hwprune_spec = {  # type: ignore[assignment]
         "version": 1,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from hwprune.meter.estimate import Unavailable
+from hwprune.meter.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,15 @@ class Report:
         dense_macs, dense_params: of the dense model.
         distortion: "predicted" by the curves and "measured" on the calibration images, mean over
             images, in "unit" (nats of KL to the dense model, or half the squared feature distance).
-        layers: one row a layer: what is kept of it.
+        layers: one row a layer: what is kept of it (`hwprune.report_rows`).
         calibration: images, weighting, bytes of the statistics, seed.
         seconds: step -> wall time.
         warnings: what the user should know.
         environment: versions and device.
         on_device: ratios to the dense model for budgets of latency and energy, "predicted" and "measured";
             empty where none was asked for.
+        tiles: one row a weight cut by tiles: which are kept.
+        curves: one row a curve that the choice was made by, thinned.
     """
 
     budget: Mapping[str, float | str]
@@ -45,6 +53,8 @@ class Report:
     warnings: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     on_device: Mapping[str, Any] = field(default_factory=dict)
+    tiles: tuple[Mapping[str, Any], ...] = ()
+    curves: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def macs_ratio(self) -> float:
@@ -58,7 +68,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the keys DESIGN promises to scripts."""
-        return promised(self, self.on_device)
+        fields = asdict(self)
+        on_device = fields.pop("on_device")
+        return promised(fields, self.macs_ratio, self.params_ratio, on_device)
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
@@ -79,11 +91,18 @@ class Report:
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
 
 
-def promised(report: Any, on_device: Mapping[str, Any]) -> dict[str, Any]:
+def promised(
+    fields: Mapping[str, Any],
+    macs_ratio: float,
+    params_ratio: float,
+    on_device: Mapping[str, Any],
+) -> dict[str, Any]:
     """A report's fields with the keys that DESIGN promises to scripts.
 
     Args:
-        report: a dataclass with seconds by step and the two ratios.
+        fields: of the report; `seconds` is by step.
+        macs_ratio: kept fraction of the MACs.
+        params_ratio: kept fraction of the parameters.
         on_device: "predicted" and "measured", where latency or energy was asked for.
     """
     unknown = {
@@ -91,27 +110,61 @@ def promised(report: Any, on_device: Mapping[str, Any]) -> dict[str, Any]:
         "energy_ratio": None,
         "reason": "budgets macs and params need no clock and no meter: nothing was timed in this run",
     }
-    return {
-        **json.loads(json.dumps(asdict(report))),
-        "macs_ratio": report.macs_ratio,
-        "params_ratio": report.params_ratio,
-        "predicted": dict(on_device.get("predicted", unknown)),
-        "measured": dict(on_device.get("measured", unknown)),
-        "seconds": sum(report.seconds.values()),
-        "seconds_by_step": dict(report.seconds),
+    told = {
+        **fields,
+        "macs_ratio": macs_ratio,
+        "params_ratio": params_ratio,
+        "predicted": on_device.get("predicted", unknown),
+        "measured": on_device.get("measured", unknown),
+        "seconds": sum(fields["seconds"].values()),
+        "seconds_by_step": fields["seconds"],
     }
+    plain: dict[str, Any] = json.loads(json.dumps(told))
+    return plain
 
 
 def environment(device: torch.device | None = None) -> dict[str, str]:
-    """Versions and the device the run used (None = the CPU), for provenance."""
+    """Versions, the device the run used (None = the CPU) and the command, for provenance."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("hwprune", "timm", "numpy", "scipy", "safetensors"):
+    found = {"command": command_line(), "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
+    for package in ("hwprune", "timm", "diffusers", "numpy", "scipy", "safetensors"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    on_gpu = device is not None and device.type == "cuda"
-    found["device"] = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
+    place = device if device is not None else torch.device("cpu")
+    about = provenance(place, Unavailable("not asked"))
+    found["device"] = str(about["device"]["name"])
+    found["os"] = str(about["os"])
+    found["started"] = str(about["started"])
+    for name, key, unit in (
+        ("commit", "commit", ""),
+        ("threads", "threads", ""),
+        ("CPU clock", "cpu_mhz", " MHz"),
+        ("CPU governor", "cpu_governor", ""),
+        ("load average", "load_average", ""),
+        ("CUDA", "cuda", ""),
+    ):
+        value = about[key]
+        if value is not None:
+            found[name] = f"{value:.4g}{unit}" if isinstance(value, float) else f"{value}{unit}"
+    if place.type == "cuda":
+        found["GPU clock"] = _gpu_clock(place)
     return found
+
+
+def command_line() -> str:
+    """The command this process was started by, to be run again; a path to a program is its name alone."""
+    program = Path(sys.argv[0] if sys.argv else "").name or "python"
+    words = ["python", program] if program.endswith(".py") else [program]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def _gpu_clock(device: torch.device) -> str:
+    """Of the SMs now, or why it is not known."""
+    try:
+        return f"{torch.cuda.clock_rate(device)} MHz"
+    except (RuntimeError, ModuleNotFoundError, AttributeError) as error:
+        return f"not known: {' '.join(str(error).split())[:80]}"

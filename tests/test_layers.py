@@ -74,6 +74,7 @@ LAYERS = (
         "contract",
         "pruning",
         "report",
+        "report_rows",
         "diffusion_report",
         "opening",
         "split",

@@ -143,12 +143,19 @@ def _latency_s(model: nn.Module, x: Tensor) -> float:
 
 
 def prove(pruned: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason."""
-    ratio = measure(pruned, x, against={"dense": dense}, seconds_per_arm=20.0).ratio(
-        "model", "dense"
-    )
+    """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason.
+
+    Beside them what each was by itself ("arms", "settings"), for the report.
+    """
+    found = measure(pruned, x, against={"dense": dense}, seconds_per_arm=20.0)
+    ratio = found.ratio("model", "dense")
     alone = x.device.type == "cpu" and torch.get_num_threads() == 1
-    return {"latency": ratio.cpu_time if alone else ratio.latency, "energy": ratio.energy}
+    return {
+        "latency": ratio.cpu_time if alone else ratio.latency,
+        "energy": ratio.energy,
+        "arms": {name: arm.to_dict() for name, arm in found.arms.items()},
+        "settings": dict(found.settings),
+    }
 
 
 def settle(
@@ -259,6 +266,7 @@ def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str,
     if proof is None:
         measured["reason"] = "; ".join(terms.notes) or "nothing was removed, so nothing was timed"
         return {"predicted": predicted, "measured": measured}
+    measured |= {part: proof[part] for part in ("arms", "settings") if part in proof}
     for metric in ON_A_DEVICE:
         figure = proof[metric]
         if isinstance(figure, Estimate):

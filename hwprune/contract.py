@@ -78,7 +78,7 @@ def contract(
                 f"device={device!r}: budgets macs and params need no device profile; leave device out"
             )
         return None
-    costs = _costs(device, x.device, asked[0])
+    costs = device_costs(device, x.device, asked[0])
     here = costs.profile.key == this_device(x.device)
     if x.dtype not in _TYPES:
         raise ValueError(f"budget {asked[0]}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
@@ -86,7 +86,7 @@ def contract(
     notes = []
     network = NetworkModel(costs)
     if here:
-        seconds = _latency_s(model, x)
+        seconds = latency_s(model, x)
         network = NetworkModel.fitted(costs, [(counted.ops, seconds)])
     else:
         notes.append(
@@ -114,7 +114,12 @@ def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
     return torch.cat([images] * -(-count // len(images)))[:count]
 
 
-def _costs(device: str | None, place: torch.device, metric: str) -> CostModel:
+def device_costs(device: str | None, place: torch.device, metric: str) -> CostModel:
+    """The cost model of a profile by name or file; None = of the profile of this very machine.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
     mode = "graph" if place.type == "cuda" else "eager"
     if device is None:
         found = profile_here(place, mode)
@@ -132,26 +137,34 @@ def _costs(device: str | None, place: torch.device, metric: str) -> CostModel:
     return CostModel(profile, mode)
 
 
-def _latency_s(model: nn.Module, x: Tensor) -> float:
-    """Seconds of a batch of the dense model; CPU time of a single thread, like the profile's."""
-    found = measure(model, x, energy=False, rounds=8, seconds_per_arm=10.0).model
-    alone = x.device.type == "cpu" and torch.get_num_threads() == 1
-    figure = found.cpu_time_s if alone else found.latency_s
+def latency_s(model: nn.Module, inputs: object) -> float:
+    """Seconds of a call of the dense model; CPU time of a single thread, like the profile's.
+
+    Args:
+        model: to time.
+        inputs: as `hwprune.measure` takes them.
+    """
+    found = measure(model, inputs, energy=False, rounds=8, seconds_per_arm=10.0).model
+    figure = found.cpu_time_s if _single_thread(model) else found.latency_s
     if not isinstance(figure, Estimate):
         raise ValueError(f"the dense model cannot be timed: {found.error or figure.reason}")
     return figure.value
 
 
-def prove(pruned: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, Any]:
+def _single_thread(model: nn.Module) -> bool:
+    """Whether a model runs on one thread of a CPU, whose CPU time is the steadier figure."""
+    return next(model.parameters()).device.type == "cpu" and torch.get_num_threads() == 1
+
+
+def prove(pruned: nn.Module, dense: nn.Module, inputs: object) -> dict[str, Any]:
     """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason.
 
     Beside them what each was by itself ("arms", "settings"), for the report.
     """
-    found = measure(pruned, x, against={"dense": dense}, seconds_per_arm=20.0)
+    found = measure(pruned, inputs, against={"dense": dense}, seconds_per_arm=20.0)
     ratio = found.ratio("model", "dense")
-    alone = x.device.type == "cpu" and torch.get_num_threads() == 1
     return {
-        "latency": ratio.cpu_time if alone else ratio.latency,
+        "latency": ratio.cpu_time if _single_thread(dense) else ratio.latency,
         "energy": ratio.energy,
         "arms": {name: arm.to_dict() for name, arm in found.arms.items()},
         "settings": dict(found.settings),
@@ -262,10 +275,20 @@ def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str,
             ratio = got / whole
             ends = {"lo": ratio * (1 - spread), "hi": ratio * (1 + spread)}
             predicted[f"{metric}_ratio"] = {"value": ratio, **ends}
+    return {"predicted": predicted, "measured": measured_keys(proof, terms.notes)}
+
+
+def measured_keys(proof: Mapping[str, Any] | None, notes: Sequence[str]) -> dict[str, Any]:
+    """The key `measured` of a report.
+
+    Args:
+        proof: from `prove`; None where nothing was measured.
+        notes: why that is.
+    """
     measured: dict[str, Any] = {f"{metric}_ratio": None for metric in ON_A_DEVICE}
     if proof is None:
-        measured["reason"] = "; ".join(terms.notes) or "nothing was removed, so nothing was timed"
-        return {"predicted": predicted, "measured": measured}
+        measured["reason"] = "; ".join(notes) or "nothing was removed, so nothing was timed"
+        return measured
     measured |= {part: proof[part] for part in ("arms", "settings") if part in proof}
     for metric in ON_A_DEVICE:
         figure = proof[metric]
@@ -273,4 +296,4 @@ def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str,
             measured[f"{metric}_ratio"] = figure.to_dict()
         else:
             measured["reason"] = figure.reason
-    return {"predicted": predicted, "measured": measured}
+    return measured

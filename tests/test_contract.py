@@ -75,7 +75,7 @@ def costs() -> CostModel:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, costs: CostModel) -> None:
     """Budgets are judged on the made-up device, which this machine is not."""
-    monkeypatch.setattr(contract_, "_costs", lambda *_: costs)
+    monkeypatch.setattr(contract_, "device_costs", lambda *_: costs)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def here(monkeypatch: pytest.MonkeyPatch, elsewhere: None) -> list[dict[str, Any
     monkeypatch.setattr(contract_, "this_device", lambda _: "FAKE-device, 1 thread(s)")
     monkeypatch.setattr(
         contract_,
-        "_latency_s",
+        "latency_s",
         lambda model, x: 1e-4 + sum(map(truth_s, count_operations(model, x, partly=True).ops)),
     )
     monkeypatch.setattr(contract_, "prove", lambda *_: proofs.pop(0))

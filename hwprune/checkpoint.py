@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hwprune import shards
+from hwprune import families, shards
 from hwprune.atomic import replace_folder
 from hwprune.card import model_card
 from hwprune.denoiser_checkpoint import (
@@ -28,7 +28,6 @@ from hwprune.denoiser_checkpoint import (
     save_pipeline,
 )
 from hwprune.densify import dense_state
-from hwprune.families import timm_vit
 from hwprune.layers import BlockSparseLinear, ConstantBranch, SlimAttention
 from hwprune.realise import reshape_
 from hwprune.shards import Stored
@@ -125,7 +124,7 @@ def save(
     widened = format == "dense" and bool(spec["shape"])
     if widened:
         empty = create_empty(spec, written_cfg(model, spec))
-        layers, _ = timm_vit.find_layers(empty)
+        layers, _ = families.of(empty).find_layers(empty)
         state = dense_state(model, empty, layers, spec["shape"])
         spec = {**spec, "shape": {}, "zeroed": spec["shape"]}
     tensors = shards.portable(state)
@@ -239,7 +238,7 @@ def empty_model(found: Folder) -> nn.Module:
         )
     if found.spec["shape"]:
         try:
-            layers, _ = timm_vit.find_layers(model)
+            layers, _ = families.of(model).find_layers(model)
             reshape_(model, layers, found.spec["shape"])
         except (ValueError, AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{found.path}: {error}") from error

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hwprune import families
 from hwprune.densify import dense_state
-from hwprune.families import timm_vit
 from hwprune.timm_base import create, create_empty, written_cfg
 
 # `measure(..., against=split_arms(...), equivalent=EQUIVALENT)`: the two compute the same function.
@@ -71,7 +71,7 @@ def masked_form(pruned: nn.Module) -> nn.Module:
     spec: Mapping[str, Any] = vars(pruned)["hwprune_spec"]
     cfg = written_cfg(pruned, spec)
     empty = create_empty(spec, cfg)
-    layers, _ = timm_vit.find_layers(empty)
+    layers, _ = families.of(empty).find_layers(empty)
     state = dense_state(pruned, empty, layers, spec["shape"])
     with torch.random.fork_rng(devices=[]):
         model = create(spec, cfg)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hwprune import families
 from hwprune.checkpoint import Folder, empty_model
 from hwprune.cost import Structure, count_macs, dense_structure, layer_params
-from hwprune.families.timm_vit import find_layers, linears_of
+from hwprune.families.vision_units import linears_of
 from hwprune.timm_base import create_empty
 from hwprune.units import AttentionLayer, Layer, get_linear
 
@@ -33,7 +34,7 @@ def describe(found: Folder) -> dict[str, Any]:
     spec, report = found.spec, found.spec["report"]
     zeroed = spec.get("zeroed") or {}
     held, dense = empty_model(found), create_empty(spec, found.cfg)
-    layers, left = find_layers(dense)
+    layers, left = families.of(dense).find_layers(dense)
     params, dense_params = _params(held), _params(dense)
     dense_macs = report.get("dense_macs") or _macs(dense, found.cfg["input_size"])
     macs = (

@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["block", "head", "neuron", "qk", "vo", "depth"]
+Kind = Literal["block", "head", "neuron", "qk", "vo", "depth", "modulation"]
 KINDS: tuple[Kind, ...] = ("block", "head", "neuron", "qk", "vo")  # of vision transformers
 
 Scores: TypeAlias = dict[str, Tensor]  # float, shape of the grid; higher = keep
@@ -53,6 +53,9 @@ class AttentionLayer:
         q, k, v: where the rows of the projections are.
         out: name of the output projection.
         refused: kind -> reason, for kinds this layer cannot be cut by exactly.
+        tables: parameters outside of the linears whose last dimension is the heads: position biases.
+        window: tokens a query attends among; None = all of the image.
+        slim: class of what stands in its place once it is cut, a `SlimAttention`; None = that itself.
     """
 
     name: str
@@ -65,6 +68,9 @@ class AttentionLayer:
     v: Rows
     out: str
     refused: Mapping[str, str] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    window: int | None = None
+    slim: type[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class CoupledLayer:
 
     name: str
     stage: int
-    kind: Literal["head", "neuron"]
+    kind: Literal["head", "neuron", "modulation"]
     count: int
     width: int
     inputs: tuple[Rows, ...]
@@ -177,7 +183,7 @@ class Units:
     Attributes:
         name: key in masks and scores, "<layer>:<kind>" ("<linear>:block" for tiles).
         layer: the layer they belong to.
-        kind: block, head, neuron, qk, vo or depth.
+        kind: block, head, neuron, qk, vo, depth or modulation.
         shape: grid: (U,), or (tile rows, tile cols) for blocks.
         slices: what of which parameters each unit owns.
     """

@@ -1,36 +1,61 @@
-"""Every family's own example, cut in every way it offers; and what timm's ViTs refuse, by name."""
+"""Every family's own examples, cut in every way they offer, refused by name in the others, saved and loaded."""
 
 from __future__ import annotations
 
-import copy
-import importlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hwprune import families
+from hwprune.allocate import Budget
+from hwprune.checkpoint import load, save
+from hwprune.cost import (
+    Structure,
+    count_macs,
+    dense_structure,
+    layer_macs,
+    layer_params,
+    model_cost,
+)
 from hwprune.distortion import curves
-from hwprune.layers import BlockSparseLinear
+from hwprune.families.vision_units import linears_of
+from hwprune.pruning import prune
 from hwprune.realise import masked, realise_, reshape_
-from hwprune.statistics import calibrate
-from hwprune.units import KINDS, AttentionLayer, Mask, Units, full_mask, get_linear
+from hwprune.statistics import calibrate, model_output
+from hwprune.units import KINDS, AttentionLayer, Layer, Mask, Units, get_linear
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
 
-from hwprune.families import timm_vit  # noqa: E402 - needs timm
-
-FOLDER = Path(__file__).resolve().parent.parent / "hwprune" / "families"
-FAMILIES = sorted(p.stem for p in FOLDER.glob("*.py") if "\ndef example(" in p.read_text())
-each_family = pytest.mark.parametrize("family", FAMILIES)
+EXAMPLES = {
+    f"{family}.{name}": (module, build)
+    for family, module in families.every()
+    for name, build in module.examples().items()
+}
+each_example = pytest.mark.parametrize("example", sorted(EXAMPLES))
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def opened(family: str) -> tuple[ModuleType, nn.Module, Tensor]:
-    module = importlib.import_module(f"hwprune.families.{family}")
-    model, x = module.example()
+def opened(example: str) -> tuple[Any, nn.Module, Tensor]:
+    module, build = EXAMPLES[example]
+    model, x = build()
     return module, model.double(), x.double()
+
+
+def units_of(module: Any, model: nn.Module, kind: str) -> list[Units]:
+    """The units of a kind; where a layer refuses it, none, and by name."""
+    reasons = {x.name: x.refused[kind] for x in module.find_layers(model)[0] if kind in x.refused}
+    if not reasons:
+        found: list[Units] = module.find_units(model, [kind], block=(20, 24))
+        return found
+    with pytest.raises(ValueError, match="cannot be removed exactly") as caught:
+        module.find_units(model, [kind])
+    assert any(
+        name in str(caught.value) and why in str(caught.value) for name, why in reasons.items()
+    )
+    return []
 
 
 def random_mask(units: list[Units]) -> Mask:
@@ -42,260 +67,153 @@ def random_mask(units: list[Units]) -> Mask:
     return mask
 
 
-def test_there_is_a_family_and_each_has_an_example() -> None:
-    assert "timm_vit" in FAMILIES
+def test_each_family_is_a_file_with_examples_and_takes_its_own_alone() -> None:
+    assert {example.partition(".")[0] for example in EXAMPLES} == {n for n, _ in families.every()}
+    assert "timm_vit.vit" in EXAMPLES
+    for example in EXAMPLES:
+        module, model, _ = opened(example)
+        assert (
+            [f for _, f in families.every() if f.takes(model)] == [module] == [families.of(model)]
+        )
 
 
-@each_family
-def test_an_example_is_small_and_the_same_every_time(family: str) -> None:
-    (_, first, x), (_, second, y) = opened(family), opened(family)
+def test_a_model_of_no_family_is_refused_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"Linear is of no family .* expected one of") as caught:
+        families.of(nn.Linear(2, 2))
+    assert all(module.TAKES in str(caught.value) for _, module in families.every())
+
+
+@each_example
+def test_an_example_is_small_and_the_same_every_time(example: str) -> None:
+    (_, first, x), (_, second, y) = opened(example), opened(example)
     assert torch.equal(x, y)
     assert sum(p.numel() for p in first.parameters()) < 1_000_000
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@each_family
+@each_example
 @each_kind
-def test_zeroed_and_realised_examples_agree(family: str, kind: str) -> None:
-    module, model, x = opened(family)
-    units = module.find_units(model, [kind], block=(20, 24))
+def test_zeroed_and_realised_examples_agree(example: str, kind: str) -> None:
+    module, model, x = opened(example)
+    units = units_of(module, model, kind)
+    if not units:
+        return
     mask = random_mask(units)
     with torch.no_grad():
-        dense = model(x)
+        dense = model_output(model, x)
         with masked(model, units, mask):
-            zeroed = model(x)
+            zeroed = model_output(model, x)
         realise_(model, units, mask)
-        realised = model(x)
+        realised = model_output(model, x)
     assert float((zeroed - dense).abs().max()) > 1e-4
     torch.testing.assert_close(realised, zeroed, rtol=0, atol=1e-8)
 
 
-@each_family
+@each_example
+def test_examples_without_a_head_or_a_neuron_in_one_layer_agree(example: str) -> None:
+    module, model, x = opened(example)
+    units = [u for u in module.find_units(model) if u.kind in ("head", "neuron")]
+    first = {kind: next(u for u in units if u.kind == kind) for kind in {u.kind for u in units}}
+    mask = {u.name: torch.zeros(u.shape, dtype=torch.bool) for u in first.values()}
+    with torch.no_grad():
+        with masked(model, units, mask):
+            zeroed = model_output(model, x)
+        realise_(model, units, mask)
+        torch.testing.assert_close(model_output(model, x), zeroed, rtol=0, atol=1e-8)
+
+
+@each_example
 @each_kind
-def test_curves_of_an_example_rise_from_zero(family: str, kind: str) -> None:
-    module, model, x = opened(family)
-    units = module.find_units(model, [kind], block=(20, 24))
+def test_curves_of_an_example_rise_from_zero(example: str, kind: str) -> None:
+    module, model, x = opened(example)
+    units = units_of(module, model, kind)
+    if not units:
+        return
     for name, curve in curves(model, units, calibrate(model, units, [x])).items():
         assert float(curve.distortion[0]) == 0, name
         assert bool((curve.distortion.diff() >= 0).all()), name
         assert 0 < float(curve.distortion[-1]) < float("inf"), name
 
 
-@each_family
+@each_example
 @each_kind
 def test_a_reshaped_example_loads_the_pruned_weights_and_computes_the_same(
-    family: str, kind: str
+    example: str, kind: str
 ) -> None:
-    module, model, x = opened(family)
-    units = module.find_units(model, [kind], block=(20, 24))
+    module, model, x = opened(example)
+    units = units_of(module, model, kind)
+    if not units:
+        return
     shape = realise_(model, units, random_mask(units))
-    _, fresh, _ = opened(family)
+    _, fresh, _ = opened(example)
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.fill_(float("nan"))
     reshape_(fresh, module.find_layers(fresh)[0], shape)
     fresh.load_state_dict(model.state_dict(), strict=True)
     with torch.no_grad():
-        assert torch.equal(fresh(x), model(x))
+        assert torch.equal(model_output(fresh, x), model_output(model, x))
 
 
-@each_family
-def test_the_linears_of_layers_are_there_and_the_stages_hold_them(family: str) -> None:
-    module, model, _ = opened(family)
-    layers, left = module.find_layers(model)
-    assert layers and not left
+@each_example
+def test_the_linears_of_layers_are_there_and_the_stages_hold_them(example: str) -> None:
+    module, model, _ = opened(example)
+    layers, _ = module.find_layers(model)
+    assert layers
     stages = module.stages(model)
     for layer in layers:
         inside = {id(m) for m in stages[layer.stage].modules()}
         assert id(model.get_submodule(layer.name)) in inside
-        for name in module.linears_of(layer):
+        for name in linears_of(layer):
             assert id(get_linear(model, name)) in inside
 
 
-@each_family
+@each_example
 @each_kind
-def test_no_entry_of_a_parameter_belongs_to_two_units_of_one_kind(family: str, kind: str) -> None:
-    module, model, _ = opened(family)
-    for unit in module.find_units(model, [kind], block=(20, 24)):
+def test_no_entry_of_a_parameter_belongs_to_two_units_of_one_kind(example: str, kind: str) -> None:
+    module, model, _ = opened(example)
+    for unit in units_of(module, model, kind):
         for part in unit.slices:
             if part.index is not None:
                 flat = part.index.flatten().tolist()
                 assert len(flat) == len(set(flat)), unit.name
 
 
-def vit(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
-    torch.manual_seed(0)
-    args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    return timm.create_model(name, **{**args, "num_classes": 5, **changes}).eval()
+def structure(layer: Layer, units: list[Units], mask: Mask) -> Structure:
+    """What a mask of whole units leaves of a layer."""
+    kept = {u.kind: int(mask[u.name].sum()) for u in units if u.layer.name == layer.name}
+    dense = dense_structure(layer)
+    if isinstance(layer, AttentionLayer):
+        heads, qk = kept.get("head", dense.heads), kept.get("qk", dense.qk)
+        return Structure(heads=heads, qk=qk, v=kept.get("vo", dense.v))
+    return Structure(neurons=kept.get("neuron", dense.neurons))
 
 
-def test_every_unit_of_a_vit_is_found_and_named_after_its_layer() -> None:
-    names = [u.name for u in timm_vit.find_units(vit(depth=1))]
-    assert names == [
-        "blocks.0.attn:head",
-        "blocks.0.attn:qk",
-        "blocks.0.attn:vo",
-        "blocks.0.mlp:neuron",
-    ]
-
-
-def test_tiles_cover_the_four_linears_of_a_block_and_no_other() -> None:
-    units = timm_vit.find_units(vit(depth=1), ["block"], block=(16, 16))
-    assert {u.name: u.shape for u in units} == {
-        "blocks.0.attn.qkv:block": (5, 2),
-        "blocks.0.attn.proj:block": (2, 2),
-        "blocks.0.mlp.fc1:block": (6, 2),
-        "blocks.0.mlp.fc2:block": (2, 6),
-    }
-
-
-def test_a_head_owns_its_rows_of_q_k_and_v_their_biases_and_its_output_columns() -> None:
-    unit = timm_vit.find_units(vit(depth=1), ["head"])[0]
-    own = {part.param: part.index[1].tolist() for part in unit.slices if part.index is not None}
-    rows = [*range(8, 16), *range(32, 40), *range(56, 64)]
-    assert own == {
-        "blocks.0.attn.qkv.weight": rows,
-        "blocks.0.attn.qkv.bias": rows,
-        "blocks.0.attn.proj.weight": list(range(8, 16)),
-    }
-
-
-def test_a_neuron_of_a_packed_gated_mlp_owns_one_row_in_each_half() -> None:
-    units = timm_vit.find_units(vit("vit_giant_patch14_dinov2"), ["neuron"])
-    hidden = units[0].count
-    own = {p.param: p.index[2].tolist() for p in units[0].slices if p.index is not None}
-    assert own["blocks.0.mlp.fc1.weight"] == own["blocks.0.mlp.fc1.bias"] == [2, 2 + hidden]
-    assert own["blocks.0.mlp.fc2.weight"] == [2]
-
-
-def test_a_channel_of_q_and_k_is_cut_in_all_heads_of_both() -> None:
-    unit = timm_vit.find_units(vit(depth=1), ["qk"])[0]
-    assert unit.slices[0].index is not None
-    assert unit.slices[0].index[3].tolist() == [3, 11, 19, 27, 35, 43]
-
-
-REFUSED = [
-    ({"qk_norm": True}, "qk", "qk-norm normalises q and k over the channels"),
-    ({"scale_attn_norm": True}, "head", "a norm over the attention output mixes"),
-    ({"scale_attn_norm": True}, "vo", "a norm over the attention output mixes"),
-    ({"scale_attn_norm": True}, "qk", "a norm over the attention output mixes"),
-    ({"scale_mlp_norm": True}, "neuron", "a norm over the hidden neurons mixes"),
-    ({"name": "vit_small_patch16_rope_224"}, "qk", r"rotary embeddings \(RoPE\) tie q and k"),
-    ({"name": "vit_small_patch16_rope_mixed_224"}, "head", "mixed rotary embeddings are learned"),
-]
-
-
-@pytest.mark.parametrize(("changes", "kind", "reason"), REFUSED)
-def test_a_kind_that_cannot_be_cut_exactly_is_refused_with_layer_and_reason(
-    changes: dict[str, object], kind: str, reason: str
+@each_example
+def test_the_costs_of_cut_layers_are_what_torch_counts_of_the_realised_example(
+    example: str,
 ) -> None:
-    model = vit(**changes)
-    with pytest.raises(ValueError, match=rf"blocks\.0\.\w+: kind '{kind}' cannot be .*: {reason}"):
-        timm_vit.find_units(model, [kind])
-
-
-@pytest.mark.parametrize(("changes", "kind", "reason"), REFUSED)
-def test_a_refused_kind_is_left_out_where_nobody_asked_for_it(
-    changes: dict[str, object], kind: str, reason: str
-) -> None:
-    found = {u.kind for u in timm_vit.find_units(vit(**changes))}
-    assert found and kind not in found
-
-
-def gate_(model: nn.Module) -> None:
-    """What timm's gated attention has: a linear whose sigmoid multiplies the attention's output."""
-    for block in model.get_submodule("blocks"):
-        block.attn.gate = nn.Linear(24, 24)
-
-
-@pytest.mark.parametrize("kind", ["head", "qk", "vo"])
-def test_gated_attention_is_refused_by_name(kind: str) -> None:
-    model = vit()
-    gate_(model)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn: .* the output gate acts on single"):
-        timm_vit.find_units(model, [kind])
-
-
-def test_gated_attention_can_still_be_cut_by_tiles() -> None:
-    model, x = vit(), torch.randn(2, 3, 16, 16)
-    gate_(model)
-    units = timm_vit.find_units(model, ["block"], block=(8, 8))
-    mask = random_mask(units)
-    with torch.no_grad(), masked(model, units, mask):
-        zeroed = model(x)
+    module, model, x = opened(example)
+    _, dense, _ = opened(example)
+    layers, units = module.find_layers(model)[0], module.find_units(model)
+    cost, mask = model_cost(model, layers, x), random_mask(units)
+    assert cost.fixed_macs >= 0 and cost.fixed_params >= 0
     realise_(model, units, mask)
+    kept = {layer.name: structure(layer, units, mask) for layer in layers}
+    macs = [layer_macs(dense, y, kept[y.name], cost.tokens[y.name]) for y in layers]
+    params = [layer_params(dense, y, kept[y.name]) for y in layers]
+    assert count_macs(model, x) == cost.fixed_macs + sum(macs)
+    assert sum(p.numel() for p in model.parameters()) == cost.fixed_params + sum(params)
+
+
+@each_example
+def test_an_example_goes_the_whole_road_to_a_folder_and_back(example: str, tmp_path: Path) -> None:
+    _, build = EXAMPLES[example]
+    model, x = build()
+    report = prune(model, [x, x.flip(0)], Budget(macs=0.75), round_to=4)
+    assert report.macs <= 0.75 * report.dense_macs * 1.001
+    save(model, tmp_path / "pruned")
+    again = load(tmp_path / "pruned")
     with torch.no_grad():
-        torch.testing.assert_close(model(x), zeroed, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("beit_base_patch16_224", "timm.models.beit.Attention"),
-        ("samvit_base_patch16", "timm.models.vision_transformer_sam.Attention"),
-        ("eva02_tiny_patch14_224", "timm.models.eva.EvaAttention"),
-        ("vit_relpos_small_patch16_224", "RelPosAttention"),
-    ],
-)
-def test_attention_of_another_making_is_left_dense_and_named(name: str, kind: str) -> None:
-    model = vit(name)
-    layers, left = timm_vit.find_layers(model)
-    assert not [layer for layer in layers if isinstance(layer, AttentionLayer)]
-    assert left[0].startswith("blocks.0.attn: attention of type") and kind in left[0]
-    assert {u.kind for u in timm_vit.find_units(model)} == {"neuron"}
-
-
-def test_a_model_where_every_kind_is_refused_says_why_layer_by_layer() -> None:
-    model = vit("eva02_base_patch14_224")
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn: .*EvaAttention.*") as caught:
-        timm_vit.find_units(model)
-    model = vit(scale_attn_norm=True, scale_mlp_norm=True)
-    with pytest.raises(ValueError, match="a norm over the hidden neurons mixes them all"):
-        timm_vit.find_units(model)
-    assert "Eva" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "words"),
-    [
-        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer has no `blocks`.*Swin and hybrids"),
-        (
-            "vit_small_patch16_18x2_224",
-            {"depth": 1},
-            "ParallelThingsBlock.*parallel blocks are not",
-        ),
-        ("mixer_s16_224", {}, "blocks.0 is a MixerBlock, expected a block with"),
-        ("resnet18", {}, "ResNet has no `blocks`"),
-    ],
-)
-def test_a_model_of_another_build_is_refused_by_name(
-    name: str, changes: dict[str, object], words: str
-) -> None:
-    model = timm.create_model(name, **changes)
-    with pytest.raises(ValueError, match=words):
-        timm_vit.find_units(model)
-
-
-@pytest.mark.parametrize("kinds", [["row"], ["head", "heads"], []])
-def test_kinds_that_do_not_exist_are_refused_with_those_that_do(kinds: list[str]) -> None:
-    with pytest.raises(ValueError, match="expected some of block, head, neuron, qk, vo, got"):
-        timm_vit.find_units(vit(), kinds)
-
-
-def test_a_model_already_cut_by_tiles_is_refused_by_the_name_of_the_layer() -> None:
-    model = vit()
-    units = timm_vit.find_units(model, ["block"], block=(8, 8))
-    realise_(model, units, random_mask(units))
-    assert isinstance(model.get_submodule("blocks.0.attn.qkv"), BlockSparseLinear)
-    with pytest.raises(ValueError, match=r"blocks\.0\.(attn|mlp).* prune the dense model"):
-        timm_vit.find_units(model)
-
-
-def test_the_full_mask_of_a_vit_changes_nothing() -> None:
-    model, x = vit(), torch.randn(2, 3, 16, 16)
-    units = timm_vit.find_units(model)
-    with torch.no_grad():
-        dense = copy.deepcopy(model)(x)
-        with masked(model, units, full_mask(units)):
-            assert torch.equal(model(x), dense)
+        assert torch.equal(model_output(again, x), model_output(model.eval(), x))

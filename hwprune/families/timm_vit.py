@@ -6,25 +6,16 @@ residual stream, and says what can leave together. What cannot be cut exactly is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.units import (
-    KINDS,
-    AttentionLayer,
-    Kind,
-    Layer,
-    MlpLayer,
-    Rows,
-    Slice,
-    Units,
-    get_linear,
-)
+from hwprune.families.vision_units import linears_of, vision_units
+from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, Units, get_linear
 
-_STAGES = ("blocks",)  # where timm keeps the blocks of its columnar transformers
+TAKES = "timm's vision transformers with `blocks` (vit_*, deit*, dinov2, dinov3, eva, clip, siglip)"
 # By full name: BEiT, SAM and others call classes of their own, with position biases, "Attention" too.
 _ATTENTION = (
     "timm.layers.attention.Attention",
@@ -53,25 +44,32 @@ def example() -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.randn(2, 3, 32, 32)
 
 
+def examples() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
+    """Tiny random models, each with an input, for tests."""
+    return {"vit": example}
+
+
+def takes(model: nn.Module) -> bool:
+    """Whether the model has a column of `blocks`."""
+    return isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList)
+
+
 def stages(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks, in the order the model runs them.
 
     Raises:
         ValueError: the model is not built of such blocks.
     """
-    for name in _STAGES:
-        blocks = getattr(model, name, None)
-        if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
-            if all(hasattr(b, "attn") and hasattr(b, "mlp") for b in blocks):
-                return list(blocks)
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        raise ValueError(f"{type(model).__name__} has no `blocks`: expected {TAKES}")
+    for i, block in enumerate(blocks):
+        if not (hasattr(block, "attn") and hasattr(block, "mlp")):
             raise ValueError(
-                f"{name}.0 is a {type(blocks[0]).__name__}, expected a block with `attn` and `mlp` on one "
+                f"blocks.{i} is a {type(block).__name__}, expected a block with `attn` and `mlp` on one "
                 "residual stream; parallel blocks are not supported yet"
             )
-    raise ValueError(
-        f"{type(model).__name__} has no `blocks` of attention and MLP: expected a timm vision "
-        "transformer (vit_*, deit_*, dinov2, eva02); Swin and hybrids are not supported yet"
-    )
+    return list(blocks)
 
 
 def _class(module: nn.Module) -> str:
@@ -149,111 +147,14 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
             if isinstance(found, str):
                 left.append(found)
                 continue
-            for rows in linears_of(found):
-                get_linear(model, rows)
+            for linear in linears_of(found):
+                get_linear(model, linear)
             layers.append(found)
     return layers, left
-
-
-def linears_of(layer: Layer) -> list[str]:
-    """Names of the distinct linears of a layer, inputs before output."""
-    rows = (layer.q, layer.k, layer.v) if isinstance(layer, AttentionLayer) else layer.inputs
-    return list(dict.fromkeys([r.linear for r in rows] + [layer.out]))
-
-
-def _row_slices(model: nn.Module, rows: Rows, index: Tensor) -> list[Slice]:
-    """Weight and bias slices for units that own `index` [U, E] of a run of rows."""
-    index = index + rows.start
-    slices = [Slice(f"{rows.linear}.weight", 0, index)]
-    if get_linear(model, rows.linear).bias is not None:
-        slices.append(Slice(f"{rows.linear}.bias", 0, index))
-    return slices
-
-
-def _merge(slices: list[Slice]) -> tuple[Slice, ...]:
-    """One slice for each (parameter, dim): the three parts of a fused qkv become one index."""
-    merged: dict[tuple[str, int | None], list[Tensor]] = {}
-    for s in slices:
-        assert s.index is not None
-        merged.setdefault((s.param, s.dim), []).append(s.index)
-    return tuple(Slice(p, d, torch.cat(parts, 1)) for (p, d), parts in merged.items())
-
-
-def _structured(model: nn.Module, layer: Layer, kind: Kind) -> Units | None:
-    """Units of one structured kind in one layer; None where the kind does not apply."""
-    slices: list[Slice] = []
-    if isinstance(layer, MlpLayer):
-        if kind != "neuron":
-            return None
-        index = torch.arange(layer.hidden)[:, None]
-        for rows in layer.inputs:
-            slices += _row_slices(model, rows, index)
-        slices.append(Slice(f"{layer.out}.weight", 1, index))
-        return Units(f"{layer.name}:neuron", layer, kind, (layer.hidden,), _merge(slices))
-    if kind not in ("head", "qk", "vo"):
-        return None
-    # Row of channel c of head h inside one of q, k, v: h * head_dim + c.
-    grid_HD = torch.arange(layer.heads * layer.head_dim).view(layer.heads, layer.head_dim)
-    index = grid_HD if kind == "head" else grid_HD.T.contiguous()
-    parts = {"head": (layer.q, layer.k, layer.v), "qk": (layer.q, layer.k), "vo": (layer.v,)}[kind]
-    for rows in parts:
-        slices += _row_slices(model, rows, index)
-    if kind != "qk":
-        slices.append(Slice(f"{layer.out}.weight", 1, index))
-    return Units(f"{layer.name}:{kind}", layer, kind, (index.shape[0],), _merge(slices))
 
 
 def find_units(
     model: nn.Module, kinds: Sequence[str] | None = None, *, block: tuple[int, int] = (32, 32)
 ) -> list[Units]:
-    """Everything of `kinds` that can be removed from `model`.
-
-    Args:
-        model: a dense timm vision transformer.
-        kinds: any of block, head, neuron, qk, vo. None = every structured kind the model allows
-            (head, neuron, qk, vo). A kind asked for by name must be possible everywhere.
-        block: (rows, cols) of a tile, for the kind block; edges may be ragged.
-
-    Returns:
-        Units in model order. `qk` and `vo` channels are those of the rotated layer
-        (`hwprune.rotate`); patch embedding and classifier are left dense.
-
-    Raises:
-        ValueError: unknown kind; a kind named explicitly that a layer refuses; a model without layers.
-    """
-    unknown = [k for k in kinds or () if k not in KINDS]
-    if unknown or (kinds is not None and not kinds):
-        raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {list(kinds or ())}")
-    layers, left = find_layers(model)
-    if not layers:
-        raise ValueError("nothing to prune: every layer is left dense: " + "; ".join(left[:4]))
-    units: list[Units] = []
-    for layer in layers:
-        for kind in kinds if kinds is not None else ("head", "qk", "vo", "neuron"):
-            if kind in layer.refused:
-                if kinds is not None:
-                    raise ValueError(
-                        f"{layer.name}: kind {kind!r} cannot be removed exactly: {layer.refused[kind]}; "
-                        f"leave {kind!r} out of kinds"
-                    )
-                continue
-            if kind == "block":
-                units += [_tiles(model, layer, name, block) for name in linears_of(layer)]
-            else:
-                found = _structured(model, layer, cast(Kind, kind))
-                units += [found] if found is not None else []
-    if not units:
-        reasons = left + [f"{x.name}: {why}" for x in layers for why in x.refused.values()]
-        raise ValueError(
-            f"no layer of {type(model).__name__} has units of the kinds "
-            f"{', '.join(kinds or ('head', 'qk', 'vo', 'neuron'))}: {'; '.join(reasons[:4])}"
-        )
-    return units
-
-
-def _tiles(model: nn.Module, layer: Layer, linear: str, block: tuple[int, int]) -> Units:
-    weight = get_linear(model, linear).weight
-    shape = (-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
-    return Units(
-        f"{linear}:block", layer, "block", shape, (Slice(f"{linear}.weight", None, None, block),)
-    )
+    """Everything of `kinds` that can be removed from `model`; see `vision_units`."""
+    return vision_units(model, find_layers(model), kinds, block=block)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from hwprune import shards
+from hwprune import families, shards
 from hwprune.checkpoint import (
     Folder,
     adopt,
@@ -23,7 +23,6 @@ from hwprune.checkpoint import (
     empty_model,
     read_folder,
 )
-from hwprune.families import timm_vit
 from hwprune.realise import reshape_
 from hwprune.spec import (
     BUILDER,
@@ -95,7 +94,7 @@ def hwprune_vit(
     if found is not None:
         size = _resize(model_args, found.spec["base"]["model_args"])
     model = _build(base, pretrained_cfg, pretrained_cfg_overlay, pretrained_model_args, model_args)
-    layers, _ = timm_vit.find_layers(model)
+    layers, _ = families.of(model).find_layers(model)
     reshape_(model, layers, shape)
     spec = _spec(model, base, shape, model_args)
     if found is not None:

@@ -12,6 +12,8 @@ from hwprune.integrations.lazy import install as _install
 if TYPE_CHECKING:
     from hwprune.allocate import Budget as Budget
     from hwprune.allocate import UnreachableBudget as UnreachableBudget
+    from hwprune.analysis import Analysis as Analysis
+    from hwprune.analysis import analyse as analyse
     from hwprune.checkpoint import load as load
     from hwprune.checkpoint import save as save
     from hwprune.diffusion import prune_diffusion as prune_diffusion
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from hwprune.meter.energy import MeasuredEnergy as MeasuredEnergy
     from hwprune.meter.energy import measure_energy as measure_energy
     from hwprune.meter.measurement import Measurement as Measurement
-    from hwprune.pruning import Analysis as Analysis
-    from hwprune.pruning import analyse as analyse
     from hwprune.pruning import prune as prune
     from hwprune.report import Report as Report
     from hwprune.route import route_ as route_
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Analysis": "pruning",
+    "Analysis": "analysis",
     "BlockSparseLinear": "layers",
     "Budget": "allocate",
     "CheckpointError": "spec",
@@ -44,7 +44,7 @@ _HOMES = {
     "Report": "report",
     "SlimAttention": "layers",
     "UnreachableBudget": "allocate",
-    "analyse": "pruning",
+    "analyse": "analysis",
     "load": "checkpoint",
     "measure": "meter.compare",
     "measure_energy": "meter.energy",

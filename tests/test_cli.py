@@ -207,7 +207,7 @@ def test_a_budget_out_of_reach_is_exit_3_with_what_each_layer_reaches(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("where", ["hwprune.pruning.calibrate", "hwprune.shards.write"])
+@pytest.mark.parametrize("where", ["hwprune.analysis.calibrate", "hwprune.shards.write"])
 def test_ctrl_c_is_exit_130_and_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -230,7 +230,7 @@ def test_a_bug_is_not_made_to_look_like_bad_input(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("ours")
 
-    monkeypatch.setattr("hwprune.pruning.calibrate", broken)
+    monkeypatch.setattr("hwprune.analysis.calibrate", broken)
     with pytest.raises(KeyError, match="ours"):
         main([*PRUNE, "--budget", "macs=0.9", "--out", str(tmp_path / "x")])
 

@@ -35,6 +35,7 @@ LAYERS = (
         "residues",
         "pruned_config",
         "coupled",
+        "factored",
     ),
     ("families", "cost", "statistics", "rotate", "timm_base", "trajectory", "denoiser_cost"),
     (
@@ -66,12 +67,15 @@ LAYERS = (
         "learning",
         "trajectory_scores",
         "trajectory_repair",
+        "modulation",
         "compensation",
         "selection",
     ),
     ("guards", "budget_price"),
     (
         "contract",
+        "analysis",
+        "cutting",
         "pruning",
         "report",
         "report_rows",
@@ -81,7 +85,7 @@ LAYERS = (
         "structure",
         "workload",
     ),
-    ("diffusion", "diffusion_folder", "pictures"),
+    ("diffusion", "groundwork", "diffusion_folder", "pictures"),
     ("hwprune",),
     (
         "cli",

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hwprune.factored import blank_factors_
 from hwprune.layers import ConstantBranch
 from hwprune.pruned_config import check_names_stand, note_shape
 from hwprune.residues import ConstantAttention, ConstantMap
@@ -30,7 +31,7 @@ from hwprune.units import (
     full_mask,
 )
 
-DIFFUSION_KINDS: tuple[Kind, ...] = ("head", "neuron", "depth")
+DIFFUSION_KINDS: tuple[Kind, ...] = ("head", "neuron", "depth", "modulation")
 
 
 def weight_module(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
@@ -104,7 +105,7 @@ def find_coupled_units(
         model: the dense model.
         layers: from the family's `find_layers`.
         left: reasons for what is left dense, for the message where nothing is found.
-        kinds: any of head, neuron, depth; None = head and neuron.
+        kinds: any of head, neuron, depth, modulation; None = head and neuron.
 
     Raises:
         ValueError: an unknown kind, or no unit of the kinds asked for, with the reasons.
@@ -136,8 +137,8 @@ def realise_coupled_(
     """Make a diffusion model physically smaller, in place; see `hwprune.realise.realise_`.
 
     Returns:
-        name -> {"type": "units", "kept"} for layers, {"type": "removed"} for blocks; names as in the
-        dense model.
+        name -> {"type": "units", "kept"} for layers, {"type": "factored", "kept"} for modulation,
+        {"type": "removed"} for blocks; names as in the dense model.
 
     Raises:
         ValueError: the mask does not fit, or keeps everything; blocks were removed before.
@@ -149,7 +150,7 @@ def realise_coupled_(
     gone: list[ResidualBlock] = []
     for unit in units:
         grid = mask[unit.name].cpu()
-        if bool(grid.all()):
+        if bool(grid.all()) and unit.kind != "modulation":  # that is factored, whatever is kept
             continue
         if isinstance(unit.layer, ResidualBlock):
             gone.append(unit.layer)
@@ -162,7 +163,11 @@ def realise_coupled_(
     _cut_(model, cuts)
     _remove_(model, names)
     shape: dict[str, dict[str, Any]] = {
-        layer.name: {"type": "units", "kept": int(grid.sum())} for layer, grid in cuts
+        layer.name: {
+            "type": "factored" if layer.kind == "modulation" else "units",
+            "kept": int(grid.sum()),
+        }
+        for layer, grid in cuts
     }
     shape |= {name: {"type": "removed"} for name in names}
     note_shape(model, shape)
@@ -180,10 +185,14 @@ def reshape_coupled_(
     by_name = {layer.name: layer for layer in layers}
     cuts: list[tuple[CoupledLayer, Tensor]] = []
     names: list[str] = []
+    factored: list[str] = []
     for name, entry in shape.items():
         layer = by_name.get(name)
         if entry.get("type") == "removed" and isinstance(layer, ResidualBlock):
             names.append(name)
+            continue
+        if entry.get("type") == "factored":
+            factored.append(name)
             continue
         if entry.get("type") != "units" or not isinstance(layer, CoupledLayer):
             raise ValueError(f"{name}: the file's shape {entry!r} fits no layer of this model")
@@ -193,9 +202,12 @@ def reshape_coupled_(
                 f"{name}: expected kept of 0 to {layer.count - 1} {layer.kind}s, got {kept!r}"
             )
         cuts.append((layer, torch.arange(layer.count, device="cpu") < kept))
-    inside = next((layer.name for layer, _ in cuts if _inside(layer.name, names)), None)
+    cut = [*(layer.name for layer, _ in cuts), *factored]
+    inside = next((name for name in cut if _inside(name, names)), None)
     if inside is not None:
         raise ValueError(f"{inside}: the file's shape cuts a layer of a block it removes")
+    for name in factored:
+        blank_factors_(model, name, shape[name].get("kept"))
     _cut_(model, cuts, blank=True)
     _remove_(model, names)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from torch import Tensor
 from hwprune.allocate import Budget
 from hwprune.budget_price import price_of
 from hwprune.conditions import Conditions, component_of, conditions_of
-from hwprune.denoiser_cost import DenoiserCost, denoiser_cost
 from hwprune.denoisers import floating_dtype
 from hwprune.diffusion_report import DiffusionReport
-from hwprune.families.denoiser import find_layers, find_units
+from hwprune.families.denoiser import find_units
 from hwprune.gating import Gating, Layout, gated
+from hwprune.groundwork import FACTORED, Groundwork, groundwork
 from hwprune.guards import frozen_model, others_on_the_cpu, weights_back
 from hwprune.learning import Choice, Task, Watch
 from hwprune.pruned_config import KEY
@@ -30,7 +30,7 @@ from hwprune.report import environment
 from hwprune.selection import REPAIRED, method_named
 from hwprune.teacher import Batch, Sampler, Split, draw, key_of, spread, taught
 from hwprune.trajectory_repair import repair_trajectory_
-from hwprune.units import Mask, Units, full_mask
+from hwprune.units import Mask, full_mask
 
 StepProgress = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -69,7 +69,7 @@ def prune_diffusion(
         guidance: see `hwprune.conditions.conditions_of`.
         device: to move the denoiser to; None = where it is.
         method: ours, or a baseline: see `hwprune.selection.METHODS`.
-        kinds: any of head, neuron, depth; None = head and neuron.
+        kinds: any of head, neuron, depth, modulation; None = head and neuron.
         repair: re-fit what is kept in closed form; None = for ours, top-k and obs.
         updates: of the gates, at most.
         minutes: for the updates; None = no limit. The budget comes down as slowly as the time allows.
@@ -102,7 +102,9 @@ def prune_diffusion(
         )
     repaired = method in REPAIRED if repair is None else repair
     clock = _Clock(progress)
-    units = find_units(model, kinds)
+    others = [kind for kind in kinds or () if kind != FACTORED]
+    if others or not kinds:
+        find_units(model, others or kinds)  # refused before the long work
     if not isinstance(conditions, Conditions):
         with clock("encode"):
             conditions = conditions_of(
@@ -115,7 +117,11 @@ def prune_diffusion(
     if device is not None:
         model.to(device)
     keeping = None if folder is None else Path(folder)
-    with frozen_model(model), others_on_the_cpu(pipeline_or_denoiser, model, whole):
+    with (
+        frozen_model(model),
+        others_on_the_cpu(pipeline_or_denoiser, model, whole),
+        ExitStack() as stack,
+    ):
         sampler = Sampler(model, conditions, offload=offload)
         some = max(1, images // 4)
         with clock("teacher"):
@@ -130,16 +136,20 @@ def prune_diffusion(
                 for split, count in counts.items()
             ]
         train, check, held = sets
-        cost = denoiser_cost(model, find_layers(model)[0], _one_call(sampler, train[0]), 1)
-        price, limit = price_of(Layout(units), cost, budget)
-        if limit >= 1:
+        ground = stack.enter_context(
+            groundwork(sampler, train, kinds, budget, _one_call(sampler, train[0]))
+        )
+        units = ground.units
+        price, limit = price_of(Layout(units), ground.cost, ground.budget)
+        if limit >= 1 or ground.keeps_all():
+            ground = ground.as_dense()
             choice = Choice(
                 torch.ones(Layout(units).count, dtype=torch.bool),
                 note="the budget allows the dense model: nothing was removed",
             )
             none = {"unrepaired": 0.0, "check": 0.0, "held": 0.0, "held_se": 0.0, "relative": 0.0}
-            kept = full_mask(units)
-            return _finish(sampler, units, kept, cost, budget, method, choice, none, sets, clock)
+            kept = full_mask(ground.units)
+            return _finish(sampler, ground, kept, budget, method, choice, none, sets, clock)
         with weights_back(model, units):
             with gated(model, units) as gating:
                 said = [method, asdict(budget), kinds, updates, minutes, seed, repaired]
@@ -178,7 +188,7 @@ def prune_diffusion(
             )
             each = sampler.distance(held)
         distances |= _judged(each, held)
-        return _finish(sampler, units, mask, cost, budget, method, choice, distances, sets, clock)
+        return _finish(sampler, ground, mask, budget, method, choice, distances, sets, clock)
 
 
 def _check(**given: int) -> None:
@@ -258,9 +268,8 @@ def _judged(each: Tensor, held: Sequence[Batch]) -> dict[str, float]:
 
 def _finish(
     sampler: Sampler,
-    units: Sequence[Units],
+    ground: Groundwork,
     mask: Mask,
-    cost: DenoiserCost,
     budget: Budget,
     method: str,
     choice: Choice,
@@ -270,7 +279,7 @@ def _finish(
 ) -> DiffusionReport:
     """Count what is left, write the report, and leave it on the model for `save`."""
     model, conditions = sampler.model, sampler.conditions
-    macs, params = cost.of(mask)
+    macs, params = ground.cost.of(mask)
     counted = sum(p.numel() for p in model.parameters())
     if counted != params:  # the plan's own count and the model's must agree
         raise RuntimeError(
@@ -278,17 +287,17 @@ def _finish(
         )
     rows = tuple(
         {"layer": u.layer.name, "kind": u.kind, "kept": int(mask[u.name].sum()), "of": u.count}
-        for u in units
+        for u in ground.units
     )
     counts = [sum(len(b.seeds) for b in batches) for batches in sets]
     report = DiffusionReport(
         budget={k: v for k, v in asdict(budget).items() if v is not None},
         method=method,
-        kinds=tuple(dict.fromkeys(u.kind for u in units)),
+        kinds=tuple(dict.fromkeys(u.kind for u in ground.units)),
         macs=macs,
         params=counted,
-        dense_macs=cost.macs,
-        dense_params=cost.params,
+        dense_macs=ground.dense.macs,
+        dense_params=ground.dense.params,
         distance=distances,
         sampling={
             "steps": len(sampler.solver),

@@ -252,7 +252,7 @@ def attn_name(model: nn.Module, module: nn.Module) -> str:
 @pytest.mark.parametrize("kinds", [["qk"], []])
 def test_kinds_that_do_not_exist_are_refused(kinds: list[str]) -> None:
     with pytest.raises(
-        ValueError, match="expected some of head, neuron, depth for a diffusion model"
+        ValueError, match="expected some of head, neuron, depth, modulation for a diffusion model"
     ):
         find_units(TINY["dit.tiny"]()[0], kinds)
 

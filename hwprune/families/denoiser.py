@@ -7,6 +7,8 @@ from types import ModuleType
 
 from torch import nn
 
+from hwprune.coupled import find_coupled_units
+from hwprune.factored import factored_layers
 from hwprune.families import dit, mmdit, qwen_image, sana, unet
 from hwprune.units import AnyLayer, Units
 
@@ -46,7 +48,8 @@ def family_of(model: nn.Module) -> ModuleType:
 def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
     """All layers of a denoiser in order, and the reasons for those left dense; raises as `family_of`."""
     found: tuple[list[AnyLayer], list[str]] = family_of(model).find_layers(model)
-    return found
+    layers, left = found
+    return [*layers, *factored_layers(model, layers)], left
 
 
 def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
@@ -54,10 +57,9 @@ def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Uni
 
     Args:
         model: a dense denoiser of diffusers.
-        kinds: any of head, neuron, depth; None = head and neuron.
+        kinds: any of head, neuron, depth, and of factored models modulation; None = head and neuron.
 
     Raises:
         ValueError: as `family_of`; an unknown kind; nothing found.
     """
-    units: list[Units] = family_of(model).find_units(model, kinds)
-    return units
+    return find_coupled_units(model, *find_layers(model), kinds)

@@ -102,6 +102,9 @@ def layer_params(model: nn.Module, layer: Layer, keep: Structure) -> int:
     own = {id(p) for n in (*names, layer.out) for p in get_linear(model, n).parameters()}
     module = model.get_submodule(layer.name)
     total = bias + sum(p.numel() for p in module.parameters() if id(p) not in own)  # qk-norms
+    if isinstance(layer, AttentionLayer) and keep.heads is not None:
+        gone = layer.heads - keep.heads
+        total -= sum(model.get_parameter(t).numel() // layer.heads * gone for t in layer.tables)
     if keep.weights is not None:
         biases = [get_linear(model, n).bias for n in names]
         return total + sum(keep.weights.values()) + sum(b.numel() for b in biases if b is not None)
@@ -121,13 +124,13 @@ def layer_macs(model: nn.Module, layer: Layer, keep: Structure, tokens: int) -> 
     products = 0
     if keep.weights is not None:
         if isinstance(layer, AttentionLayer):
-            products = tokens * tokens * layer.heads * 2 * layer.head_dim
+            products = tokens * (layer.window or tokens) * layer.heads * 2 * layer.head_dim
         return float(products + tokens * sum(keep.weights.values()))
     wide = _inner(keep)
     if wide == 0:
         return 0.0
     if isinstance(layer, AttentionLayer):
-        products = tokens * tokens * (_width(keep, "qk") + _width(keep, "v"))
+        products = tokens * (layer.window or tokens) * (_width(keep, "qk") + _width(keep, "v"))
     macs = tokens * wide * get_linear(model, layer.out).out_features
     for rows, field in input_rows(layer):
         macs += tokens * _width(keep, field) * get_linear(model, rows.linear).in_features
@@ -161,10 +164,17 @@ def model_cost(model: nn.Module, layers: Sequence[Layer], x: Tensor) -> ModelCos
     handles = []
     for layer in layers:
 
-        def watch(_: nn.Module, args: tuple[Tensor, ...], name: str = layer.name) -> None:
-            tokens[name] = args[0].numel() // args[0].shape[-1]
+        def watch(
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            given: dict[str, Tensor],
+            name: str = layer.name,
+        ) -> None:
+            x = args[0] if args else next(iter(given.values()))
+            tokens[name] = x.numel() // x.shape[-1]
 
-        handles.append(model.get_submodule(layer.name).register_forward_pre_hook(watch))
+        module = model.get_submodule(layer.name)
+        handles.append(module.register_forward_pre_hook(watch, with_kwargs=True))
     try:
         macs = count_macs(model, x[:1])
     finally:

@@ -134,6 +134,10 @@ def _attention(dense: nn.Module, layer: Layer, slim: SlimAttention) -> State:
     wide = out.new_zeros(out.shape[0], layer.heads, layer.head_dim)
     wide[:, :heads, : slim.v_width] = out.view(out.shape[0], heads, slim.v_width)
     fresh[f"{layer.out}.weight"] = wide.flatten(1)
+    for table in layer.tables:
+        kept = slim.get_parameter(table.removeprefix(f"{layer.name}.")).detach()
+        fresh[table] = kept.new_zeros(dense.get_parameter(table).shape)
+        fresh[table][..., :heads] = kept
     return fresh | _bias(dense, layer.out, slim.proj.bias)
 
 

@@ -8,6 +8,8 @@ state dict.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,6 +51,25 @@ def _flash_on_cpu() -> bool:
     return bool(torch.backends.cuda.flash_sdp_enabled())
 
 
+@dataclass(frozen=True)
+class AttentionSizes:
+    """What a cut attention is built by; see `SlimAttention` for the words."""
+
+    dim: int
+    heads: int
+    qk_width: int
+    v_width: int
+    scale: float
+    dim_out: int
+    qkv_bias: bool
+    proj_bias: bool
+
+
+def dropout_rate(dropout: object) -> float:
+    """The rate of a dropout, given as a module or as a number; 0 for anything else."""
+    return float(getattr(dropout, "p", dropout if isinstance(dropout, float) else 0.0))
+
+
 class SlimAttention(nn.Module):
     """Multi-head self-attention with its own q/k width and v width, over scaled_dot_product_attention.
 
@@ -66,7 +87,12 @@ class SlimAttention(nn.Module):
         q_norm, k_norm: norms over a head's channels (qk-norm), or None.
         prefix_tokens: leading tokens that rotary embeddings leave alone.
         rotate_half: layout of the rotary embedding.
+
+    Attributes:
+        empty: class of what is left where every head is gone.
     """
+
+    empty: type[ConstantBranch] = ConstantBranch
 
     def __init__(
         self,
@@ -102,6 +128,28 @@ class SlimAttention(nn.Module):
         self.proj = nn.Linear(heads * v_width, dim_out or dim, bias=proj_bias)
         self.attn_drop_p, self.proj_drop_p = attn_drop, proj_drop
         self.prefix_tokens, self.rotate_half = prefix_tokens, rotate_half
+
+    @classmethod
+    def like(cls, old: nn.Module, sizes: AttentionSizes) -> SlimAttention:
+        """One of these sizes, with random weights and all else as in timm's dense `old`."""
+        # A norm over a head's channels stands only where all of them do.
+        whole = sizes.qk_width == getattr(old, "head_dim", 0)
+        return cls(
+            sizes.dim,
+            sizes.heads,
+            sizes.qk_width,
+            sizes.v_width,
+            scale=sizes.scale,
+            dim_out=sizes.dim_out,
+            qkv_bias=sizes.qkv_bias,
+            proj_bias=sizes.proj_bias,
+            attn_drop=dropout_rate(getattr(old, "attn_drop", 0.0)),
+            proj_drop=dropout_rate(getattr(old, "proj_drop", 0.0)),
+            q_norm=getattr(old, "q_norm", None) if whole else None,
+            k_norm=getattr(old, "k_norm", None) if whole else None,
+            prefix_tokens=int(getattr(old, "num_prefix_tokens", 0)),
+            rotate_half=bool(getattr(old, "rotate_half", False)),
+        )
 
     def extra_repr(self) -> str:
         """Widths, for print(model)."""

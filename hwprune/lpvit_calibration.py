@@ -42,7 +42,7 @@ class LayerSums:
 
 
 def block_linears(model: nn.Module) -> list[str]:
-    """Names of every `nn.Linear` inside `model.blocks`: qkv, proj, fc1, fc2 of a timm ViT.
+    """Names of every `nn.Linear` inside `blocks`: qkv, proj, fc1, fc2 of a timm ViT or Swin.
 
     Raises:
         ValueError: the model has no such layers.
@@ -50,7 +50,7 @@ def block_linears(model: nn.Module) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if name.startswith("blocks.") and isinstance(module, nn.Linear)
+        if "blocks" in name.split(".")[:-1] and isinstance(module, nn.Linear)
     ]
     if not names:
         raise ValueError(
@@ -194,8 +194,12 @@ def _recorded(model: nn.Module, modules: dict[str, nn.Linear | nn.Conv2d]) -> It
 def _rows(
     module: nn.Linear | nn.Conv2d, name: str, x: Tensor, output_grad: Tensor, images: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs [B, T, I] and output gradients [B, T, O]: over T, their product is the gradient."""
-    if x.shape[0] != images:
+    """Inputs [B, T, I] and output gradients [B, T, O]: over T, their product is the gradient.
+
+    The windows of an image, one after the other, are tokens of it.
+    """
+    windows = isinstance(module, nn.Linear) and x.dim() > 2 and not x.shape[0] % images
+    if x.shape[0] != images and not windows:
         raise ValueError(
             f"{name}: expected an input with {images} images first, got {tuple(x.shape)}; "
             "leave it out of `layers`"

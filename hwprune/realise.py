@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hwprune.cost import input_rows
 from hwprune.coupled import realise_coupled_, reshape_coupled_
-from hwprune.layers import BlockSparseLinear, ConstantBranch, SlimAttention
+from hwprune.layers import AttentionSizes, BlockSparseLinear, ConstantBranch, SlimAttention
 from hwprune.units import (
     AnyLayer,
     AttentionLayer,
@@ -152,7 +152,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _constant(model: nn.Module, layer: Layer) -> dict[str, Any]:
     """Replace a layer by its output bias."""
     out = get_linear(model, layer.out)
-    branch = ConstantBranch(out.out_features, out.bias).requires_grad_(out.weight.requires_grad)
+    kind = ConstantBranch
+    if isinstance(layer, AttentionLayer):
+        kind = (layer.slim or SlimAttention).empty
+    branch = kind(out.out_features, out.bias).requires_grad_(out.weight.requires_grad)
     _replace(model, layer.name, branch.to(out.weight.device, out.weight.dtype))
     return {"type": "constant", "features": out.out_features}
 
@@ -196,30 +199,21 @@ def slim_attention(
     old = model.get_submodule(layer.name)
     q, out = get_linear(model, layer.q.linear), get_linear(model, layer.out)
     v = get_linear(model, layer.v.linear)
-    qk_kept = sizes["qk"] == layer.head_dim
+    wanted = AttentionSizes(
+        q.in_features,
+        sizes["heads"],
+        sizes["qk"],
+        sizes["v"],
+        layer.scale,
+        out.out_features,
+        qkv_bias=q.bias is not None or v.bias is not None,
+        proj_bias=out.bias is not None,
+    )
+    kind: type[SlimAttention] = layer.slim or SlimAttention
     # The initial weights are overwritten: they must not cost the user draws of the global generator.
     with torch.random.fork_rng(devices=[]):
-        slim = SlimAttention(
-            q.in_features,
-            sizes["heads"],
-            sizes["qk"],
-            sizes["v"],
-            scale=layer.scale,
-            dim_out=out.out_features,
-            qkv_bias=q.bias is not None or v.bias is not None,
-            proj_bias=out.bias is not None,
-            attn_drop=_rate(getattr(old, "attn_drop", 0.0)),
-            proj_drop=_rate(getattr(old, "proj_drop", 0.0)),
-            q_norm=getattr(old, "q_norm", None) if qk_kept else None,
-            k_norm=getattr(old, "k_norm", None) if qk_kept else None,
-            prefix_tokens=int(getattr(old, "num_prefix_tokens", 0)),
-            rotate_half=bool(getattr(old, "rotate_half", False)),
-        )
+        slim = kind.like(old, wanted)
     return slim.to(out.weight.device, out.weight.dtype)
-
-
-def _rate(dropout: object) -> float:
-    return float(getattr(dropout, "p", dropout if isinstance(dropout, float) else 0.0))
 
 
 def _cut_attention(
@@ -252,6 +246,10 @@ def _cut_attention(
     slim.proj.weight.copy_(out.weight[:, rows_v])
     if out.bias is not None:
         slim.proj.bias.copy_(out.bias)
+    for table in layer.tables:
+        mine = slim.get_parameter(table.removeprefix(f"{layer.name}."))
+        mine.copy_(model.get_parameter(table)[..., heads])
+        mine.requires_grad_(model.get_parameter(table).requires_grad)
     slim.qkv.requires_grad_(get_linear(model, layer.q.linear).weight.requires_grad)
     slim.proj.requires_grad_(out.weight.requires_grad)
     _replace(model, layer.name, slim)

@@ -116,14 +116,23 @@ class _Sums:
 
 @dataclass
 class _Stream:
-    """The activations entering one stage of the pruned model, for all calibration images."""
+    """The activations entering one stage of the pruned model, for all calibration images.
+
+    Attributes:
+        others: what the stage gets after the activations: by position, by name.
+    """
 
     module: nn.Module
-    kwargs: Mapping[str, Any]
+    others: tuple[tuple[Any, ...], Mapping[str, Any]]
     inputs: list[Tensor]
 
+    def run(self, batch: Tensor) -> Tensor:
+        """Output of the stage."""
+        out: Tensor = self.module(batch, *self.others[0], **self.others[1])
+        return out
+
     def capture(self, linear: nn.Linear, batch: Tensor) -> Tensor:
-        """Input of `linear` [B * T, I] when the stage runs on `batch`."""
+        """Input of `linear` [B * T, I] when the stage runs on `batch`; T tokens an image, or of its windows."""
         seen: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -133,7 +142,7 @@ class _Stream:
         handle = linear.register_forward_pre_hook(hook)
         try:
             with suppress(_Stop):
-                self.module(batch, **self.kwargs)
+                self.run(batch)
         finally:
             handle.remove()
         return seen[0].flatten(0, -2)
@@ -141,13 +150,13 @@ class _Stream:
 
 def _stage_calls(
     model: nn.Module, stages: Sequence[nn.Module], batches: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
-    """Inputs of the first stage for every batch, and the keyword arguments every stage gets.
+) -> tuple[list[Tensor], list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
+    """Inputs of the first stage for every batch, and what every stage gets beside them.
 
     Raises:
-        ValueError: a stage's input is not the output of the stage before.
+        ValueError: a stage's input is not the output of the stage before, or comes with other tensors.
     """
-    kwargs: list[Mapping[str, Any]] = [{} for _ in stages]
+    others: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [((), {}) for _ in stages]
     last: list[Tensor] = []
     handles = []
     for i, stage in enumerate(stages):
@@ -155,8 +164,9 @@ def _stage_calls(
         def before(
             _: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], i: int = i
         ) -> None:
-            kwargs[i] = given
-            if len(args) > 1 or (i and not (last and torch.equal(args[0], last[-1]))):
+            others[i] = args[1:], given
+            tensors = any(isinstance(a, Tensor) for a in args[1:])
+            if not args or tensors or (i and not (last and torch.equal(args[0], last[-1]))):
                 raise ValueError(
                     f"stage {i} takes something else than the output of the stage before: repair needs a "
                     "plain column of blocks; prune with repair=False"
@@ -185,7 +195,7 @@ def _stage_calls(
                 model(batch)
     finally:
         handle.remove()
-    return inputs, kwargs
+    return inputs, others
 
 
 def token_weights(statistics: Statistics, name: str, tokens: int) -> Tensor:
@@ -200,16 +210,18 @@ def token_weights(statistics: Statistics, name: str, tokens: int) -> Tensor:
 
 def _gather(
     stream: _Stream,
-    linear: nn.Linear,
-    weight_T: Tensor,
+    name: str,
+    statistics: Statistics,
     model: nn.Module,
     dense: Mapping[str, Tensor],
     current: Mapping[str, Tensor] | None,
 ) -> tuple[_Sums, _Sums | None]:
     """Cross moments of a linear's input under the dense and the current (cut) layer: to fit, to check."""
     folds: list[_Sums] = []
+    linear = get_linear(model, name)
     for i, batch in enumerate(stream.inputs):
         full_MI = stream.capture(linear, batch)
+        weight_T = token_weights(statistics, name, len(full_MI) // len(batch))
         cut_MI = full_MI
         if current is not None:
             restore_(model, current)
@@ -313,7 +325,6 @@ def _repair_layer(
     """Re-fit one layer and leave it zeroed where the mask says so."""
     dense = _params(model, units, layer)
     blocks = {u.slices[0].param.removesuffix(".weight"): u for u in units if u.kind == "block"}
-    tokens = stream.inputs[0].shape[-2]
     # What the output linear reads changes only if something before it is cut in another way than by
     # dropping whole columns: q/k channels and tiles.
     first_in_order = list(blocks) or [layer.out]
@@ -326,8 +337,7 @@ def _repair_layer(
             restore_(model, dense)
     for name in first_in_order:
         linear = get_linear(model, name)
-        weight_T = token_weights(statistics, name, tokens)
-        fit, check = _gather(stream, linear, weight_T, model, dense, current)
+        fit, check = _gather(stream, name, statistics, model, dense, current)
         keep = torch.ones_like(linear.weight, dtype=torch.bool)
         for unit in units:
             for part in unit.slices:
@@ -378,13 +388,13 @@ def repair_(
         if any(not bool(mask[u.name].all()) for u in mine):
             by_stage.setdefault(layer.stage, []).append(layer)
     with frozen(model):
-        inputs, kwargs = _stage_calls(model, stages, batches)
+        inputs, others = _stage_calls(model, stages, batches)
         for i, stage in enumerate(stages):
-            stream = _Stream(stage, kwargs[i], inputs)
+            stream = _Stream(stage, others[i], inputs)
             for layer in by_stage.get(i, []):
                 mine = [u for u in units if u.layer.name == layer.name and u.name in mask]
                 _repair_layer(model, layer, mine, mask, statistics, stream)
             for j, batch in enumerate(inputs):
-                inputs[j] = stage(batch, **kwargs[i])
+                inputs[j] = stream.run(batch)
             if progress is not None:
                 progress(i + 1, len(stages))

@@ -334,10 +334,17 @@ def _watch_sums(
     model: nn.Module, units: Sequence[Units], sums: dict[str, list[Tensor]]
 ) -> list[RemovableHandle]:
     """Per-sample sums B[n, j]: one einsum a linear for the per-sample weight gradient."""
+    images = [
+        0
+    ]  # of the batch that runs: the windows of an image are samples of it, and no samples
     wanted: dict[str, list[Units]] = {}
     for unit in units:
         wanted.setdefault(unit.slices[_cut(unit)].param.removesuffix(".weight"), []).append(unit)
-    handles = []
+
+    def count(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        images[0] = len(args[0])
+
+    handles = [model.register_forward_pre_hook(count)]
     for name, members in wanted.items():
         module = get_linear(model, name)
 
@@ -348,10 +355,12 @@ def _watch_sums(
             members: list[Units] = members,
         ) -> None:
             assert isinstance(module, nn.Linear)
-            x, weight = args[0].detach(), module.weight.detach()
+            x_NTI = args[0].detach().reshape(images[0], -1, module.in_features)
+            weight = module.weight.detach()
 
             def backward(grad: Tensor) -> None:
-                grad_NOI = torch.einsum("n...o,n...i->noi", grad, x) * weight
+                grad_NTO = grad.reshape(*x_NTI.shape[:2], -1)
+                grad_NOI = torch.einsum("nto,nti->noi", grad_NTO, x_NTI) * weight
                 for unit in members:
                     part = unit.slices[_cut(unit)]
                     sums[unit.name].append(

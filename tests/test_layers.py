@@ -19,6 +19,7 @@ LAYERS = (
     ("units", "kernels"),
     (
         "layers",
+        "window_attention",
         "obs",
         "ops",
         "profile_ops",

@@ -72,7 +72,8 @@ def stages(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
-def _class(module: nn.Module) -> str:
+def full_name(module: nn.Module) -> str:
+    """Module and name of its class: BEiT and others have classes of the same name."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -83,8 +84,8 @@ def _is_identity(module: object) -> bool:
 def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     """The layer, or the reason it is left dense."""
     attn: Any = model.get_submodule(name)
-    if _class(attn) not in _ATTENTION:
-        return f"{name}: attention of type {_class(attn)} is not known to be cut exactly"
+    if full_name(attn) not in _ATTENTION:
+        return f"{name}: attention of type {full_name(attn)} is not known to be cut exactly"
     heads, head_dim = int(attn.num_heads), int(attn.head_dim)
     width = heads * head_dim
     if getattr(attn, "num_kv_groups", 1) != 1:
@@ -111,11 +112,11 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     )
 
 
-def _mlp(model: nn.Module, name: str, stage: int) -> MlpLayer | str:
-    """The layer, or the reason it is left dense."""
+def mlp_layer(model: nn.Module, name: str, stage: int) -> MlpLayer | str:
+    """An MLP of timm's as a layer, or the reason it is left dense."""
     mlp: Any = model.get_submodule(name)
-    if _class(mlp) not in _MLP or not isinstance(mlp.fc2, nn.Linear):
-        return f"{name}: MLP of type {_class(mlp)} is not known to be cut exactly"
+    if full_name(mlp) not in _MLP or not isinstance(mlp.fc2, nn.Linear):
+        return f"{name}: MLP of type {full_name(mlp)} is not known to be cut exactly"
     hidden = mlp.fc2.in_features
     inputs: tuple[Rows, ...]
     refused: dict[str, str] = {}
@@ -142,7 +143,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
     for stage, block in enumerate(stages(model)):
         for found in (
             _attention(model, f"{names[id(block)]}.attn", stage),
-            _mlp(model, f"{names[id(block)]}.mlp", stage),
+            mlp_layer(model, f"{names[id(block)]}.mlp", stage),
         ):
             if isinstance(found, str):
                 left.append(found)

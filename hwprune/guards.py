@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,3 +67,12 @@ def weights_back(model: nn.Module, units: Sequence[Units]) -> Iterator[None]:
                 if bias is not None and held is not None:
                     held.copy_(bias)
         raise
+
+
+def hookless(model: nn.Module) -> nn.Module:
+    """A copy without hooks, in eval mode."""
+    found = copy.deepcopy(model).eval()
+    for module in found.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return found

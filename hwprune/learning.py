@@ -101,6 +101,8 @@ class Choice:
 
     Attributes:
         keep: bool [N].
+        wanted: [N], by which units are taken away or back where the mask turns out too dear or too cheap, the
+            lowest first; what a unit costs is accounted for. None = all are kept.
         updates: done.
         settled: share of the gates at exactly 0 or 1 at the end.
         finished: False where time ran out before the gates had come down to the budget and settled.
@@ -110,6 +112,7 @@ class Choice:
     """
 
     keep: Tensor
+    wanted: Tensor | None = None
     updates: int = 0
     settled: float = 1.0
     finished: bool = True
@@ -248,7 +251,14 @@ class _Learning:
                 f"{self.task.budget:.3f}; the best mask so far was kept. Give more time"
             )
         return Choice(
-            keep, self.gates.step, self.gates.settled(), done, self.losses, note, self.spent_s
+            keep,
+            _wanted(self.gates, self.task),
+            self.gates.step,
+            self.gates.settled(),
+            done,
+            self.losses,
+            note,
+            self.spent_s,
         )
 
     def save(self) -> None:
@@ -301,9 +311,17 @@ def _within(gates: Gates, task: Task) -> Tensor:
     """The mask of gates that have not come down to the budget yet: the least wanted go at once."""
     if not isinstance(gates, SettlingGates) or gates.expected() <= task.budget + 1e-9:
         return gates.keep()
-    on = gates.kept.double().requires_grad_()
-    (each,) = torch.autograd.grad(task.price(on), on)
-    worth = gates.gain() / each.clamp_min(1e-12)
+    worth = _wanted(gates, task)
     pool = gates.kept.nonzero()[:, 0]
     order = pool[worth[pool].argsort(descending=True, stable=True)]
     return keep_within(task.price, order, task.budget, len(worth))
+
+
+def _wanted(gates: Gates, task: Task) -> Tensor:
+    """How much each unit is wanted: [N], float64."""
+    if isinstance(gates, SettlingGates):
+        on = gates.kept.double().requires_grad_()
+        (each,) = torch.autograd.grad(task.price(on), on)
+        return gates.gain() / each.clamp_min(1e-12)
+    score = gates.logit if isinstance(gates, HardConcreteGates) else gates.score
+    return score.detach().double()

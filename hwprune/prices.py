@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,20 +76,29 @@ def linear_price(
     return price
 
 
-def table_price(layout: Layout, tables: Mapping[str, Tensor], dense: float) -> Price:
+def table_price(
+    layout: Layout,
+    tables: Mapping[str, Tensor],
+    dense: float,
+    blocks: Mapping[str, float] | None = None,
+) -> Price:
     """A measured cost (seconds, joules) by how many units of each layer are kept.
 
     Args:
         layout: of the gates.
-        tables: units name -> [count + 1], the layer's cost with 0 to all units kept; layers without a
-            table cost the same whatever is kept.
+        tables: units name -> [count + 1], the layer's cost with 0 to all units kept, never falling; layers
+            without a table cost the same whatever is kept.
         dense: cost of the whole dense model, in the same unit.
+        blocks: depth units name -> cost of the whole dense block; what it has beside its layers with tables
+            goes with it.
 
     Returns:
-        The price, linear between counts.
+        The price, linear between counts. Units inside a removed block cost nothing whatever their gates say.
+        Its gradient is that of the tables' lower convex hulls: of a staircase (a GPU's tiles) a unit
+        would otherwise cost nothing, or as much as a whole tile.
 
     Raises:
-        ValueError: a table of another length.
+        ValueError: a table of another length, or one that falls.
     """
     for name, table in tables.items():
         place = layout.places.get(name)
@@ -97,19 +107,70 @@ def table_price(layout: Layout, tables: Mapping[str, Tensor], dense: float) -> P
                 f"{name}: expected a table with one entry for each number of kept units, 0 to all, got "
                 f"{len(table)}"
             )
+        if bool((table.diff() < 0).any()):
+            raise ValueError(f"{name}: expected a table that never falls as units are added")
+    hulls = {name: lower_hull(table) for name, table in tables.items()}
     tables = {name: table.double() for name, table in tables.items()}
-    full = sum(float(table[-1]) for table in tables.values())
+    inside: dict[str, list[str]] = {name: [] for name in blocks or {} if name in layout.places}
+    outside: list[str] = []
+    for unit in layout.units:
+        if unit.name in tables:
+            held = (f"{name}:depth" for name in _parents(unit.layer.name))
+            inside.get(next((name for name in held if name in inside), ""), outside).append(
+                unit.name
+            )
+    beside = {
+        name: max(0.0, (blocks or {})[name] - sum(float(tables[n][-1]) for n in names))
+        for name, names in inside.items()
+    }
+    rest = dense - sum(float(table[-1]) for table in tables.values()) - sum(beside.values())
 
     def price(keep: Tensor) -> Tensor:
         parts = layout.split(keep.double().cpu() if keep.device.type != "cpu" else keep.double())
-        total = torch.tensor(dense - full, dtype=torch.float64)
-        for name, table in tables.items():
+
+        def cost(name: str) -> Tensor:
             kept = parts[name].sum()
-            low = kept.detach().floor().long().clamp(0, len(table) - 2)
-            total = total + table[low] + (kept - low) * (table[low + 1] - table[low])
+            value = _between(tables[name], kept.detach())
+            hull = _between(hulls[name], kept)
+            return value + hull - hull.detach()
+
+        total = sum((cost(name) for name in outside), torch.tensor(rest, dtype=torch.float64))
+        for name, names in inside.items():
+            whole = sum((cost(n) for n in names), torch.tensor(beside[name], dtype=torch.float64))
+            total = total + parts[name].sum() * whole
         return total / dense
 
     return price
+
+
+def _parents(name: str) -> list[str]:
+    """The modules a module is in, the nearest first."""
+    found = []
+    while "." in name:
+        name = name.rpartition(".")[0]
+        found.append(name)
+    return found
+
+
+def _between(table: Tensor, kept: Tensor) -> Tensor:
+    """A table at a number that need not be whole."""
+    low = kept.detach().floor().long().clamp(0, len(table) - 2)
+    return table[low] + (kept - low) * (table[low + 1] - table[low])
+
+
+def lower_hull(table: Tensor) -> Tensor:
+    """The largest convex function below a table: [n] -> [n], float64."""
+    values = table.double().tolist()
+    corners: list[int] = []
+    for i, value in enumerate(values):
+        while len(corners) > 1:
+            a, b = corners[-2], corners[-1]
+            if (values[b] - values[a]) * (i - a) < (value - values[a]) * (b - a):
+                break
+            corners.pop()
+        corners.append(i)
+    found = np.interp(np.arange(len(values)), corners, [values[i] for i in corners])
+    return torch.from_numpy(found)
 
 
 def keep_within(price: Price, order: Tensor, budget: float, size: int) -> Tensor:

@@ -135,7 +135,8 @@ def random(task: Task) -> Choice:
     layout = task.gating.layout
     draw = torch.Generator().manual_seed(task.seed)
     order = torch.randperm(layout.count, generator=draw)
-    return Choice(keep_within(task.price, order, task.budget, layout.count))
+    keep = keep_within(task.price, order, task.budget, layout.count)
+    return Choice(keep, -order.argsort().double())
 
 
 def taylor(task: Task) -> Choice:
@@ -171,7 +172,9 @@ def _better(task: Task, scores: Tensor) -> Choice:
     distances = [task.distance(mask) for mask in masks]
     first = distances[0] <= distances[1]
     said = "ranked over all layers" if first else "ranked within each layer"
-    return Choice(masks[0 if first else 1], note=said)
+    if first:
+        return Choice(masks[0], overall, note=said)
+    return Choice(masks[1], within, note=said)
 
 
 # Ours is the default; `obs` compensates by least squares, as OBS does, so repair is part of it.

@@ -251,9 +251,12 @@ def test_a_table_price_is_read_between_its_counts_and_has_a_slope() -> None:
     found = price(keep)
     assert float(found) == pytest.approx((7 + 2.5) / 10)
     (slope,) = torch.autograd.grad(found, keep)
-    assert float(slope[0]) == pytest.approx(0.1) and float(slope[-1]) == 0
+    # Of the hull, a 32nd of a tile's cost for a unit: of the staircase it would be 0.1 here and 0 elsewhere.
+    assert float(slope[0]) == pytest.approx(0.1 / 32) and float(slope[-1]) == 0
     with pytest.raises(ValueError, match="one entry for each number of kept units"):
         table_price(layout, {units[0].name: table[1:]}, dense=10.0)
+    with pytest.raises(ValueError, match="never falls as units are added"):
+        table_price(layout, {units[0].name: table.flip(0)}, dense=10.0)
 
 
 def test_as_many_units_are_kept_as_the_budget_allows() -> None:

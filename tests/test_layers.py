@@ -44,6 +44,7 @@ LAYERS = (
     ("families", "cost", "statistics", "rotate", "timm_base", "trajectory", "denoiser_cost"),
     (
         "operations",
+        "denoiser_operations",
         "network",
         "profile_state",
         "profile_power",
@@ -51,6 +52,7 @@ LAYERS = (
         "route",
         "memory_cost",
         "pricing",
+        "denoiser_price",
     ),
     ("gating", "prices", "gates", "settling"),
     ("criteria", "distortion", "data", "images", "digits"),

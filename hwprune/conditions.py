@@ -12,11 +12,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hwprune import prompt_cache
 from hwprune.denoisers import Denoiser
 from hwprune.families.denoiser import known_classes
 
@@ -199,6 +201,7 @@ def conditions_of(
     steps: int,
     scheduler: Any = None,
     guidance: float | None = None,
+    cache: Path | None = None,
 ) -> Conditions:
     """Conditions for what a user gives: labels, prompts, or None for neither.
 
@@ -208,6 +211,7 @@ def conditions_of(
         steps: of the solver.
         scheduler: None = the pipeline's.
         guidance: None = 1 for labels, the pipeline's own default for prompts.
+        cache: folder that keeps encoded prompts, so that they are encoded once.
 
     Raises:
         ValueError: no scheduler, labels and prompts mixed, prompts without a pipeline; see
@@ -228,7 +232,7 @@ def conditions_of(
         if words and not all(isinstance(item, str) for item in asked or ()):
             raise ValueError("conditions: expected labels or prompts, got both")
         prompts = None if asked is None else [str(item) for item in asked]
-        return prompt_conditions(model, prompts, steps=steps, guidance=guidance)
+        return prompt_conditions(model, prompts, steps=steps, guidance=guidance, cache=cache)
     labels = None if asked is None else [int(item) for item in asked]
     return label_conditions(denoiser, scheduler, labels, steps=steps, guidance=guidance)
 
@@ -238,7 +242,12 @@ class _Captured(Exception):
 
 
 def prompt_conditions(
-    pipeline: Any, prompts: Sequence[str] | None, *, steps: int, guidance: float | None = None
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    *,
+    steps: int,
+    guidance: float | None = None,
+    cache: Path | None = None,
 ) -> Conditions:
     """Prompts, encoded by a pipeline's own encoders.
 
@@ -247,6 +256,7 @@ def prompt_conditions(
         prompts: at least one; None = the empty prompt alone, without guidance by it.
         steps: of the solver.
         guidance: the pipeline's guidance_scale; None = its own default.
+        cache: folder that keeps encoded prompts.
 
     Raises:
         ValueError: no prompts, or the pipeline calls its denoiser in a way that is not known here.
@@ -266,22 +276,21 @@ def prompt_conditions(
     inputs: list[Mapping[str, Any]] = []
     empty: list[Mapping[str, Any]] = []
     shape: tuple[int, ...] = ()
-    for start in range(0, len(prompts), _ENCODED_AT_ONCE):
-        some = list(prompts[start : start + _ENCODED_AT_ONCE])
-        found = _first_call(pipeline, model, some, steps, guidance)
-        latent = next(found.pop(key) for key in _LATENTS if key in found)
-        shape = tuple(latent.shape[1:])
-        parts = [_portion(found, i, len(latent)) for i in range(len(latent))]
-        if len(latent) == 2 * len(some):  # diffusers puts the empty prompts first
-            empty += parts[: len(some)]
-            inputs += parts[len(some) :]
-        elif len(latent) == len(some):
-            inputs += parts
-        else:
-            raise ValueError(
-                f"{type(pipeline).__name__} calls its denoiser with {len(latent)} latents for {len(some)} "
-                "prompts; expected one or two a prompt, so switch extra guidance (PAG ...) off"
-            )
+    kept = None
+    if (
+        cache is not None
+    ):  # one prompt sets the scheduler, and tells whether the encoders are those of the file
+        first, _, shape = _encoded(pipeline, model, prompts[:1], steps, guidance)
+        kind = f"{type(pipeline).__name__} {type(model).__name__}"
+        kept = prompt_cache.cache_file(cache, kind, prompts, steps, guidance)
+        inputs, empty = prompt_cache.read(kept, first[0]) or (inputs, empty)
+    if not inputs:
+        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
+            some = prompts[start : start + _ENCODED_AT_ONCE]
+            given, without, shape = _encoded(pipeline, model, some, steps, guidance)
+            inputs, empty = [*inputs, *given], [*empty, *without]
+        if kept is not None:
+            prompt_cache.write(kept, inputs, empty)
     empty = [] if alone else empty
     weight = float(guidance) if empty and guidance is not None else 1.0
     return Conditions(
@@ -291,6 +300,28 @@ def prompt_conditions(
         weight,
         copy.deepcopy(pipeline.scheduler),
         shape,
+    )
+
+
+def _encoded(
+    pipeline: Any, model: nn.Module, prompts: Sequence[str], steps: int, guidance: float | None
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], tuple[int, ...]]:
+    """(inputs of each prompt, those of its empty prompt if there is one, shape of a latent).
+
+    Raises:
+        ValueError: the denoiser is called with something else than one or two latents a prompt.
+    """
+    found = _first_call(pipeline, model, list(prompts), steps, guidance)
+    latent = next(found.pop(key) for key in _LATENTS if key in found)
+    shape = tuple(latent.shape[1:])
+    parts = [_portion(found, i, len(latent)) for i in range(len(latent))]
+    if len(latent) == 2 * len(prompts):  # diffusers puts the empty prompts first
+        return parts[len(prompts) :], parts[: len(prompts)], shape
+    if len(latent) == len(prompts):
+        return parts, [], shape
+    raise ValueError(
+        f"{type(pipeline).__name__} calls its denoiser with {len(latent)} latents for {len(prompts)} "
+        "prompts; expected one or two a prompt, so switch extra guidance (PAG ...) off"
     )
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hwprune.allocate import Budget
-from hwprune.budget_price import price_of
 from hwprune.conditions import Conditions, component_of, conditions_of
+from hwprune.denoiser_contract import denoiser_contract
+from hwprune.denoiser_proof import Judge
 from hwprune.denoisers import floating_dtype
 from hwprune.diffusion_report import DiffusionReport
 from hwprune.families.denoiser import find_units
@@ -44,6 +45,7 @@ def prune_diffusion(
     scheduler: Any = None,
     guidance: float | None = None,
     device: str | torch.device | None = None,
+    profile: str | None = None,
     method: str = "ours",
     kinds: Sequence[str] | None = None,
     repair: bool | None = None,
@@ -63,11 +65,14 @@ def prune_diffusion(
         pipeline_or_denoiser: a pipeline, whose unet or transformer becomes smaller; or that module alone.
         conditions: class labels; prompts (of a pipeline); None = neither; or `Conditions` made before,
             so that the encoders can be freed.
-        budget: of the denoiser: Budget(params=0.8), Budget(macs=0.7), or both.
+        budget: of the denoiser: Budget(params=0.8), Budget(macs=0.7); of one evaluation of it for a batch,
+            with guidance for the doubled one, on a device: Budget(latency=0.8), Budget(energy=0.8); or
+            several at once.
         steps: of the solver, while learning; 8 to 12 serve models that are later sampled with more.
         scheduler: of diffusers; None = the pipeline's.
         guidance: see `hwprune.conditions.conditions_of`.
         device: to move the denoiser to; None = where it is.
+        profile: of the device that latency and energy are meant on, its name or file; None = this machine's.
         method: ours, or a baseline: see `hwprune.selection.METHODS`.
         kinds: any of head, neuron, depth, modulation; None = head and neuron.
         repair: re-fit what is kept in closed form; None = for ours, top-k and obs.
@@ -76,7 +81,8 @@ def prune_diffusion(
         images: to learn from; a quarter as many choose between masks, as many again judge the result.
         batch: images at a time.
         seed: of everything drawn.
-        folder: keeps teacher latents and the state of learning: a run that was killed goes on from there.
+        folder: keeps encoded prompts, teacher latents and the state of learning: a run that was killed goes
+            on from there.
         offload: keep the latents of the steps on the CPU.
         progress: called with (step, done, total).
         watch: called after each update with loss, price, share of settled gates and time left.
@@ -85,7 +91,8 @@ def prune_diffusion(
         DiffusionReport; `settled` is False where time ran out first, with the best mask so far.
 
     Raises:
-        UnreachableBudget: even with every unit gone the model costs more; the model is unchanged.
+        UnreachableBudget: even with every unit gone the model costs more, or no mask tried was as fast as
+            asked for; the model is unchanged.
         ValueError: bad input; the model is unchanged.
         FloatingPointError: NaN in a trajectory, with step and layer; the model is unchanged.
     """
@@ -101,6 +108,7 @@ def prune_diffusion(
             "dense model; prune the dense model with the smaller budget"
         )
     repaired = method in REPAIRED if repair is None else repair
+    keeping = None if folder is None else Path(folder)
     clock = _Clock(progress)
     others = [kind for kind in kinds or () if kind != FACTORED]
     if others or not kinds:
@@ -113,10 +121,10 @@ def prune_diffusion(
                 steps=steps,
                 scheduler=scheduler,
                 guidance=guidance,
+                cache=keeping,
             )
     if device is not None:
         model.to(device)
-    keeping = None if folder is None else Path(folder)
     with (
         frozen_model(model),
         others_on_the_cpu(pipeline_or_denoiser, model, whole),
@@ -124,6 +132,9 @@ def prune_diffusion(
     ):
         sampler = Sampler(model, conditions, offload=offload)
         some = max(1, images // 4)
+        with clock("contract"):
+            first = draw(sampler, "train", min(images, batch), batch=batch, seed=seed)[0]
+            terms = denoiser_contract(sampler, first, budget, profile)
         with clock("teacher"):
             counts: dict[Split, int] = {"train": images, "check": some, "held": some}
             sets = [
@@ -140,7 +151,9 @@ def prune_diffusion(
             groundwork(sampler, train, kinds, budget, _one_call(sampler, train[0]))
         )
         units = ground.units
-        price, limit = price_of(Layout(units), ground.cost, ground.budget)
+        with clock("contract"):
+            judge = Judge(units, ground.cost, ground.budget, terms)
+        price, limit = judge.price()
         if limit >= 1 or ground.keeps_all():
             ground = ground.as_dense()
             choice = Choice(
@@ -149,10 +162,10 @@ def prune_diffusion(
             )
             none = {"unrepaired": 0.0, "check": 0.0, "held": 0.0, "held_se": 0.0, "relative": 0.0}
             kept = full_mask(ground.units)
-            return _finish(sampler, ground, kept, budget, method, choice, none, sets, clock)
+            return _finish(sampler, ground, judge, kept, budget, method, choice, none, sets, clock)
         with weights_back(model, units):
             with gated(model, units) as gating:
-                said = [method, asdict(budget), kinds, updates, minutes, seed, repaired]
+                said = [method, asdict(budget), profile, kinds, updates, minutes, seed, repaired]
                 task = Task(
                     sampler=sampler,
                     gating=gating,
@@ -170,6 +183,8 @@ def prune_diffusion(
                 with clock("learn"):
                     choice = choose(task)
                 clock.seconds["learn"] = max(clock.seconds["learn"], choice.spent_s)
+                with clock("contract"):
+                    judge.settle(choice)
                 distances = {"unrepaired": task.distance(choice.keep)}
                 distances["check"] = distances["unrepaired"]
                 if repaired:
@@ -180,6 +195,8 @@ def prune_diffusion(
                     distances["check"] = done.after
                 mask = gating.layout.mask(choice.keep)
                 before = _first_prediction(sampler, held[0], gating, choice.keep.float())
+            with clock("prove"):
+                judge.prove(model, mask)
             with clock("realise"):
                 realise_(model, units, mask)
         with clock("judge"):
@@ -188,7 +205,7 @@ def prune_diffusion(
             )
             each = sampler.distance(held)
         distances |= _judged(each, held)
-        return _finish(sampler, ground, mask, budget, method, choice, distances, sets, clock)
+        return _finish(sampler, ground, judge, mask, budget, method, choice, distances, sets, clock)
 
 
 def _check(**given: int) -> None:
@@ -269,6 +286,7 @@ def _judged(each: Tensor, held: Sequence[Batch]) -> dict[str, float]:
 def _finish(
     sampler: Sampler,
     ground: Groundwork,
+    judge: Judge,
     mask: Mask,
     budget: Budget,
     method: str,
@@ -315,8 +333,9 @@ def _finish(
         },
         layers=rows,
         seconds=dict(clock.seconds),
-        warnings=(choice.note,) if choice.note else (),
+        warnings=((choice.note,) if choice.note else ()) + judge.notes,
         environment=environment(sampler.device),
+        on_device=judge.told(mask),
     )
     vars(model)["hwprune_spec"] = {"report": report.to_dict()}
     return report

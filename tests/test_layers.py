@@ -77,6 +77,7 @@ LAYERS = (
         "lpvit_calibration",
     ),
     (
+        "prompt_cache",
         "conditions",
         "teacher",
         "learning",
@@ -89,6 +90,8 @@ LAYERS = (
     ("guards", "budget_price"),
     (
         "contract",
+        "denoiser_contract",
+        "denoiser_proof",
         "proof",
         "analysis",
         "cutting",

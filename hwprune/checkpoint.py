@@ -49,7 +49,7 @@ from hwprune.verify import check_structure, check_tensors
 Format = Literal["pruned", "dense"]
 
 _GIGABYTE = 10**9
-_FILES = {"config.json", "report.json", "README.md", shards.SINGLE, shards.INDEX}
+_FILES = {"config.json", "report.json", "report.html", "README.md", shards.SINGLE, shards.INDEX}
 
 
 @dataclass(frozen=True)

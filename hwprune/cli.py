@@ -1,4 +1,4 @@
-"""The command line: hwprune prune | prune-diffusion | eval | measure | profile | devices | inspect.
+"""The command line: `hwprune` and its commands, and how they end.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr; 3 a budget that cannot be kept; 130 Ctrl-C.
 torch and timm are imported inside the commands, so that --help answers at once.
@@ -19,6 +19,7 @@ from hwprune.cli_diffusion import prune_diffusion
 from hwprune.cli_measure import measure
 from hwprune.cli_profile import devices, profile
 from hwprune.cli_prune import prune
+from hwprune.cli_report import report
 from hwprune.cli_words import ClassMap, Data, Json, Model, Weights, text_of
 from hwprune.exits import BAD_INPUT, INTERRUPTED, plainly, say
 from hwprune.terminal import (
@@ -117,6 +118,7 @@ app.command()(prune_diffusion)
 app.command()(measure)
 app.command()(profile)
 app.command()(devices)
+app.command()(report)
 
 
 @app.command()

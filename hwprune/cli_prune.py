@@ -11,13 +11,14 @@ from typing import Annotated
 
 import typer
 
+from hwprune.cli_report import add_page
 from hwprune.cli_words import ClassMap, Data, Json, Model, Weights, text_of
 from hwprune.exits import plainly
 from hwprune.terminal import STDOUT, Steps, check_json, show_report, write_json
 
 DEFAULT_CALIBRATION = 256
 _SAVED = re.compile(
-    r"(config|report|model\.safetensors\.index)\.json|README\.md|model[-\w]*\.safetensors"
+    r"(config|report|model\.safetensors\.index)\.json|README\.md|report\.html|model[-\w]*\.safetensors"
 )
 
 
@@ -43,7 +44,7 @@ def prune(
         list[str],
         typer.Option(
             metavar="WHAT=HOW MUCH",
-            help="macs=0.7 (of dense), params=50M (absolute); several hold at once",
+            help="macs=0.7 (of dense), params=50M, memory=120MB (absolute); several hold at once",
             show_default=False,
         ),
     ],
@@ -155,14 +156,16 @@ def prune(
         types = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
         steps("save", 0, 1)
         save(net.to(dtype=types[dtype]), out, format=format.value, force=force)
+        page, why = add_page(out)
         found = {**report.to_dict(), "model": model, "out": str(out), "format": format.value}
+        found["page"] = page
         if json is not None:
             write_json(json, found)
     if json != STDOUT:
         # Never the images it was calibrated on: those flatter.
         words = ["hwprune", "eval", str(out), "--data", data if split else "TEST_IMAGES"]
         words += ["--class-map", str(class_map)] if class_map else []
-        show_report(found, shlex.join(words), opened.note)
+        show_report(found, shlex.join(words), opened.note, why)
 
 
 def _tile(text: str) -> tuple[int, int]:

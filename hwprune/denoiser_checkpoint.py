@@ -28,7 +28,7 @@ from hwprune.verify import check_structure, check_tensors
 
 _GIGABYTE = 10**9
 _LIMIT = 1 << 20  # of a number in a config: more channels or pixels than any model has
-_FILES = {"config.json", "report.json", "README.md"}
+_FILES = {"config.json", "report.json", "report.html", "README.md"}
 _FILES |= {f"{DIFFUSERS_STEM}.safetensors", f"{DIFFUSERS_STEM}.safetensors.index.json"}
 
 

@@ -21,7 +21,7 @@ from hwprune.denoiser_checkpoint import load_denoiser, load_pipeline, save_denoi
 from hwprune.families.denoiser import known_classes
 from hwprune.spec import CheckpointError
 
-_OURS = ("report.json", "samples.png", "model_index.json", "README.md")
+_OURS = ("report.json", "report.html", "samples.png", "model_index.json", "README.md")
 _NAMES = ("transformer", "unet")
 
 

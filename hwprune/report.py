@@ -82,13 +82,20 @@ class Report:
             f"params  {dense_params:10.2f} M -> {params:10.2f} M  ({self.params_ratio:.3f})",
             f"distortion {loss['measured']:.4g} {loss['unit']} on the calibration images "
             f"(predicted {loss['predicted']:.4g})",
+            *ratio_lines(self.on_device),
         ]
-        for when, found in self.on_device.items():
-            for name, figure in found.items():
-                if isinstance(figure, Mapping):
-                    ends = f"[{figure['lo']:.3f}, {figure['hi']:.3f}]"
-                    lines.append(f"{name.replace('_', ' ')} {when}: {figure['value']:.3f} {ends}")
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+
+def ratio_lines(on_device: Mapping[str, Any]) -> list[str]:
+    """A line a ratio to the dense model that was predicted or measured."""
+    lines = []
+    for when, found in on_device.items():
+        for name, figure in found.items():
+            if name.endswith("_ratio") and figure is not None:
+                ends = f"[{figure['lo']:.3f}, {figure['hi']:.3f}]"
+                lines.append(f"{name.replace('_', ' ')} {when}: {figure['value']:.3f} {ends}")
+    return lines
 
 
 def promised(
@@ -108,6 +115,7 @@ def promised(
     unknown = {
         "latency_ratio": None,
         "energy_ratio": None,
+        "memory_ratio": None,
         "reason": "budgets macs and params need no clock and no meter: nothing was timed in this run",
     }
     told = {
@@ -138,7 +146,7 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
     about = provenance(place, Unavailable("not asked"))
     found["device"] = str(about["device"]["name"])
     found["os"] = str(about["os"])
-    found["started"] = str(about["started"])
+    found["finished"] = str(about["started"])
     for name, key, unit in (
         ("commit", "commit", ""),
         ("threads", "threads", ""),

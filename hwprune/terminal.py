@@ -151,7 +151,7 @@ def figure(value: float, like: float | None = None) -> str:
 def _on_device(report: Mapping[str, Any]) -> list[str]:
     """A line a metric of the device: what was measured, what was predicted."""
     lines = []
-    for metric in ("latency", "energy"):
+    for metric in ("latency", "energy", "memory"):
         words = []
         for when in ("measured", "predicted"):
             figure = report[when].get(f"{metric}_ratio")
@@ -163,13 +163,13 @@ def _on_device(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def show_report(report: Mapping[str, Any], next_step: str, note: str = "") -> None:
+def show_report(report: Mapping[str, Any], next_step: str, *notes: str) -> None:
     """Print what a pruning run did.
 
     Args:
-        report: `Report.to_dict()`, with model, out and format.
+        report: `Report.to_dict()`, with model, out, format and page.
         next_step: a command to go on with.
-        note: what the user should know of the model.
+        notes: what the user should know of the model; empty ones are left out.
     """
     loss, seconds = report["distortion"], report["seconds_by_step"]
     took = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
@@ -179,12 +179,19 @@ def show_report(report: Mapping[str, Any], next_step: str, note: str = "") -> No
         *_on_device(report),
         f"time: {report['seconds']:.1f} s ({took})",
         *(f"warning: {warning}" for warning in report["warnings"]),
-        *([f"note: {note}"] if note else []),
+        *(f"note: {note}" for note in notes if note),
         *([f"note: {_DENSE_FORM}"] if report["format"] == "dense" else []),
     ]
     title = f"{report['model']} -> {report['out']}"
     show(title, ("", "dense", "pruned", "kept"), _totals(report), *after)
-    print(f"next: {next_step}")  # not wrapped: it is there to be copied
+    show_next(next_step, report.get("page"))
+
+
+def show_next(next_step: str, page: str | None) -> None:
+    """Print where the page is and how to go on, not wrapped: both are there to be copied."""
+    if page is not None:
+        print(f"report: {page}")
+    print(f"next: {next_step}")
 
 
 def show_folder(found: Mapping[str, Any]) -> None:

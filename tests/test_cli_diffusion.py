@@ -73,6 +73,7 @@ def test_parts_in_parts_out(
         "transformer",
         "scheduler",
         "report.json",
+        "report.html",
         "samples.png",
     }
     found = json.loads(file.read_text())

@@ -73,7 +73,7 @@ def shipped() -> set[str]:
     return (
         {p.relative_to(ROOT).as_posix() for p in own}
         | {f"hwprune/{name}" for name in mapped_files()}
-        | {"hwprune/py.typed"}
+        | {"hwprune/py.typed", "hwprune/page/page.html.jinja"}
     )
 
 

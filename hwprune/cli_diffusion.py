@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from hwprune.cli_report import add_page
 from hwprune.exits import BAD_INPUT, OUT_OF_REACH, plainly, say
-from hwprune.terminal import STDOUT, check_json, figure, show, write_json
+from hwprune.terminal import STDOUT, check_json, figure, show, show_next, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -246,10 +247,11 @@ def prune_diffusion(
         found = {**report.to_dict(), "model": model, "out": str(out)}
         found["opens"] = opened.opens(out)
         found["samples"] = str(shown) if pictures.note == "" else None
+        found["page"], why = add_page(out)
         if json is not None:
             write_json(json, found)
     if json != STDOUT:
-        _show(found, pictures.note)
+        _show(found, pictures.note, why)
     if not report.settled:
         say(report.warnings[0])
         raise typer.Exit(OUT_OF_REACH)
@@ -333,8 +335,8 @@ def _diffusion_errors() -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
 
 
-def _show(found: Mapping[str, Any], note: str) -> None:
-    """Print what the run did."""
+def _show(found: Mapping[str, Any], note: str, why: str) -> None:
+    """Print what the run did; why there are no pictures, and why no page."""
     far, counts, seconds = found["distance"], found["images"], found["seconds_by_step"]
     took = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
     rows: Sequence[Sequence[str]] = [
@@ -354,7 +356,8 @@ def _show(found: Mapping[str, Any], note: str) -> None:
         f"steps of {found['sampling']['solver']}, guidance {found['sampling']['guidance']:g}",
         f"time: {found['seconds']:.1f} s ({took})",
         *([f"pictures, dense above pruned: {found['samples']}"] if not note else [f"note: {note}"]),
+        *([f"note: {why}"] if why else []),
         *(f"warning: {warning}" for warning in found["warnings"]),
     ]
     show(f"{found['model']} -> {found['out']}", ("", "dense", "pruned", "kept"), rows, *after)
-    print(f"next: {found['opens']}")  # not wrapped: it is there to be copied
+    show_next(found["opens"], found["page"])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from hwprune.integrations.lazy import install as _install
 
 if TYPE_CHECKING:
-    from hwprune.allocate import Budget as Budget
-    from hwprune.allocate import UnreachableBudget as UnreachableBudget
+    from hwprune.budget import Budget as Budget
+    from hwprune.budget import UnreachableBudget as UnreachableBudget
     from hwprune.analysis import Analysis as Analysis
     from hwprune.analysis import analyse as analyse
     from hwprune.checkpoint import load as load
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Analysis": "analysis",
     "BlockSparseLinear": "layers",
-    "Budget": "allocate",
+    "Budget": "budget",
     "CheckpointError": "spec",
     "ConstantBranch": "layers",
     "DiffusionReport": "diffusion_report",
@@ -43,7 +43,7 @@ _HOMES = {
     "Measurement": "meter.measurement",
     "Report": "report",
     "SlimAttention": "layers",
-    "UnreachableBudget": "allocate",
+    "UnreachableBudget": "budget",
     "analyse": "analysis",
     "load": "checkpoint",
     "measure": "meter.compare",

@@ -1,178 +1,278 @@
 """How much of each layer to keep: a multiple-choice knapsack over measured curves.
 
 Every layer offers options (a structure, its distortion, its cost); one is chosen in each, the summed
-distortion is least, the summed costs stay within the budget. Solved exactly by HiGHS through scipy.
+distortion is least, the summed costs stay within the budget. `offer` builds the options once; `Choices.plan`
+solves them for any number of budgets: exactly, or for sweeps and searches in milliseconds.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
+from hwprune.budget import ON_A_DEVICE, Budget, UnreachableBudget
 from hwprune.cost import ModelCost, Structure
 from hwprune.distortion import Curve
-from hwprune.options import Option, dense_option, option_groups
-from hwprune.units import Layer, Mask
+from hwprune.knapsack import Floats, Knapsack, Limit, solve
+from hwprune.lagrange import Lagrangian
+from hwprune.option import Option, dense_option, pareto
+from hwprune.options import all_options
+from hwprune.plan import Plan, select
+from hwprune.units import Layer
 
 if TYPE_CHECKING:
-    from hwprune.pricing import Pricer
+    from hwprune.pricing import MemoryPricer, Pricer
 
-METRICS = ("macs", "params", "latency", "energy")
-FIELDS = {"macs": "macs", "params": "params", "latency": "latency_s", "energy": "energy_j"}
-ON_A_DEVICE = ("latency", "energy")
-_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_UNITS = {
-    "macs": _COUNTS,
-    "params": _COUNTS,
-    "latency": {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "energy": {"": 1.0, "J": 1.0, "mJ": 1e-3, "kJ": 1e3},
+# What goes in and what comes out, from one place.
+__all__ = ["Budget", "Choices", "Plan", "UnreachableBudget", "allocate", "offer", "select"]
+
+# The fields of an option that a metric adds up; memory takes the highest of another field too.
+_SUMMED = {
+    "macs": "macs",
+    "params": "params",
+    "latency": "latency_s",
+    "energy": "energy_j",
+    "memory": "weight_bytes",
 }
 
 
-class UnreachableBudget(ValueError):
-    """No plan meets the budget; the message says what is reachable, layer by layer."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the pruned model may cost, relative to the dense one or absolute.
-
-    macs and params are ratios up to 1 and counts above. latency and energy are ratios; an absolute value is
-    a string with its unit, "4.2ms" or "0.9J".
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Everything that plans are made of: built once, solved for any number of budgets.
 
     Attributes:
-        macs: true multiply-accumulates of one image.
-        params: parameters.
-        latency: time of a batch on a device.
-        energy: of a batch on a device.
+        groups: layer (or a linear of it, under blocks) -> its options.
+        dense: metric -> cost of the dense model, for the metrics that can be limited.
+        energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
+        floor_bytes: peak of activations outside of these layers.
+        refused: metric -> why it cannot be limited.
     """
 
-    macs: float | None = None
-    params: float | None = None
-    latency: float | str | None = None
-    energy: float | str | None = None
+    groups: Sequence[tuple[Layer, list[Option]]]
+    dense: Mapping[str, float]
+    energy_weight: float = 0.0
+    floor_bytes: float = 0.0
+    refused: Mapping[str, str] = field(default_factory=dict)
+    _problems: dict[tuple[str, ...], _Problem] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        """Refuse an empty or non-positive budget."""
-        if not self.given:
-            raise ValueError(
-                f"Budget: expected at least one of {', '.join(METRICS)}; e.g. Budget(macs=0.6)"
-            )
-        for metric, value in self.given.items():
-            if not _amount(metric, value) > 0:
-                raise ValueError(f"Budget: {metric} must be above 0, got {value}")
-            if metric in ON_A_DEVICE and not isinstance(value, str) and value > 1:
-                raise ValueError(
-                    f"Budget: {metric}={value} is more than the dense model's; a ratio is at most 1, an "
-                    f'absolute value has its unit: {metric}="4.2ms" or energy="0.9J"'
-                )
+    def plan(
+        self, budget: Budget, *, scale: Mapping[str, float] | None = None, fast: bool = False
+    ) -> Plan:
+        """The plan of least distortion (plus weighted energy) within a budget.
 
-    @property
-    def given(self) -> dict[str, float | str]:
-        """The metrics that are limited."""
-        found = {metric: getattr(self, metric) for metric in METRICS}
-        return {metric: value for metric, value in found.items() if value is not None}
-
-    @classmethod
-    def parse(cls, texts: Sequence[str]) -> Budget:
-        """From command-line words like "macs=0.6", "params=50M", "latency=0.7", "latency=4.2ms".
+        Args:
+            budget: what may be spent; several limits at once are all kept.
+            scale: metric -> factor on its limit, where a plan before turned out dearer than predicted.
+            fast: by `hwprune.lagrange` where one sum is limited, in milliseconds where HiGHS takes seconds; at
+                most 0.1 % from the best in the tests, and `Plan.bound` says how far it can be here. Several
+                limits, and memory, are solved by HiGHS all the same.
 
         Raises:
-            ValueError: unknown metric, no number, or one metric twice.
+            UnreachableBudget: no combination of options is cheap enough.
+            ValueError: something is limited that nothing here has a price for.
         """
-        found: dict[str, float | str] = {}
-        for text in texts:
-            metric, _, value = (part.strip() for part in text.partition("="))
-            if metric not in METRICS or not value:
-                raise ValueError(
-                    f"budget: expected {' or '.join(m + '=NUMBER' for m in METRICS)}, with a unit where "
-                    f"absolute (macs=0.6, params=50M, latency=4.2ms), got {text!r}"
-                )
-            if metric in found:
-                raise ValueError(f"budget: {metric} given twice")
-            amount = _amount(metric, value)
-            found[metric] = value if metric in ON_A_DEVICE and _unit(value) else amount
-        return cls(**found)  # type: ignore[arg-type]
+        for metric in budget.given:
+            if metric not in self.dense:
+                raise ValueError(f"budget {metric}: {self.refused[metric]}")
+        limits = budget.limits(self.dense)
+        tight = {metric: limit * (scale or {}).get(metric, 1.0) for metric, limit in limits.items()}
+        loose = all(limit >= self.dense[metric] for metric, limit in tight.items())
+        if loose and not self.energy_weight:
+            return self._told(self.kept_dense, limits, 0.0)
+        problem = self._problem(tuple(tight))
+        knapsack = problem.within(tight)
+        for metric, limit in knapsack.limits.items():
+            if limit.least() > limit.room + 1e-9 * self.dense[metric]:
+                raise UnreachableBudget(self._reachable(metric, limit, tight[metric]))
+        (first, *others) = knapsack.limits.values()
+        bound = None
+        if fast and not others and first.peak is None:
+            found = problem.lagrangian.solve(first.room)
+            chosen = None if found is None else found.chosen
+            bound = None if found is None or found.exact else found.bound
+        else:
+            chosen = solve(knapsack)
+        if chosen is None:
+            raise UnreachableBudget(self._together(knapsack, tight))
+        return self._told(
+            [options[i] for options, i in zip(problem.options, chosen, strict=True)],
+            limits,
+            knapsack.value(chosen) if bound is None else bound,
+        )
 
-    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
-        """metric -> absolute limit for a model whose dense costs are given."""
+    def _problem(self, metrics: tuple[str, ...]) -> _Problem:
+        if metrics not in self._problems:
+            self._problems[metrics] = _Problem(self, metrics)
+        return self._problems[metrics]
+
+    @cached_property
+    def kept_dense(self) -> list[Option]:
+        """The dense option of each group."""
+        return [dense_option(options) for _, options in self.groups]
+
+    @cached_property
+    def fixed(self) -> dict[str, float]:
+        """Metric -> cost of everything the options do not cover: the dense model less the dense options."""
         found = {}
-        for metric, value in self.given.items():
-            amount = _amount(metric, value)
-            relative = amount <= 1 if metric not in ON_A_DEVICE else not isinstance(value, str)
-            found[metric] = amount * dense[metric] if relative else amount
+        for metric, total in self.dense.items():
+            whole = total - (self._peak(self.kept_dense) if metric == "memory" else 0.0)
+            found[metric] = whole - sum(getattr(o, _SUMMED[metric]) for o in self.kept_dense)
         return found
 
+    def _peak(self, chosen: Sequence[Option]) -> float:
+        """Activations at the worst moment."""
+        return max([self.floor_bytes, *(option.peak_bytes for option in chosen)])
 
-def _unit(text: str) -> str:
-    return text.lstrip("0123456789.eE+- ").strip()
+    def _told(self, chosen: Sequence[Option], limits: Mapping[str, float], bound: float) -> Plan:
+        spent = {m: self.fixed[m] + sum(getattr(o, _SUMMED[m]) for o in chosen) for m in self.dense}
+        return Plan(
+            {name: count for option in chosen for name, count in option.keep.items()},
+            _structures(self.groups, chosen),
+            sum(o.distortion for o in chosen),
+            spent["macs"],
+            spent["params"],
+            self.dense["macs"],
+            self.dense["params"],
+            limits,
+            spent.get("latency"),
+            spent.get("energy"),
+            self.dense.get("latency"),
+            self.dense.get("energy"),
+            spent.get("memory"),
+            self._peak(chosen) if "memory" in spent else None,
+            self.dense.get("memory"),
+            bound,
+        )
+
+    def _reachable(self, metric: str, limit: Limit, asked: float) -> str:
+        """The message of an unreachable budget: what each layer can be cut to."""
+        dense, least = self.dense[metric], asked - limit.room + limit.least()
+        lines = [
+            f"budget {metric} <= {asked:.4g} ({asked / dense:.3f} of dense) is out of reach: the least these "
+            f"units allow is {least:.4g} ({least / dense:.3f}). Layer by layer, least of dense:"
+        ]
+        for layer, options in self.groups:
+            values = [getattr(o, _SUMMED[metric]) for o in options]
+            lines.append(f"  {layer.name}: {min(values) / max(max(values), 1e-30):.3f}")
+        if metric == "memory":
+            lines.append(
+                f"Activations outside of these layers take {self.floor_bytes:.4g}: a smaller batch helps."
+            )
+        lines.append("Ask for more, or allow more kinds (--kinds head,neuron,qk,vo,block).")
+        return "\n".join(lines)
+
+    def _together(self, knapsack: Knapsack, asked: Mapping[str, float]) -> str:
+        """The message of limits that can be kept alone, but not together: how far each must be loosened."""
+        told = ", ".join(f"{m} <= {v:.4g} ({v / self.dense[m]:.3f})" for m, v in asked.items())
+        lines = [f"no plan keeps {told} at once. With the others kept, the least of"]
+        for metric, limit in knapsack.limits.items():
+            others = {m: other for m, other in knapsack.limits.items() if m != metric}
+            low = solve(Knapsack(limit.spend, others)) if limit.peak is None else None
+            if low is not None:
+                least = asked[metric] - limit.room + limit.used(low)
+                lines.append(
+                    f"  {metric} is {least:.4g} ({least / self.dense[metric]:.3f} of dense)"
+                )
+        return "\n".join([*lines, "Loosen one of the limits."])
 
 
-def _amount(metric: str, value: float | str) -> float:
-    """The number of a limit, its unit applied.
+class _Problem:
+    """The knapsack of some limits without their amounts: what does not depend on those is made once."""
+
+    def __init__(self, choices: Choices, metrics: tuple[str, ...]) -> None:
+        self.choices = choices
+        fields = [_SUMMED[metric] for metric in metrics]
+        fields += ["peak_bytes"] if "memory" in metrics else []
+        fields += ["energy_j"] if choices.energy_weight else []
+        self.options = [
+            pareto(options, list(dict.fromkeys(fields))) for _, options in choices.groups
+        ]
+        self.losses = [np.array([o.distortion for o in options]) for options in self.options]
+        if choices.energy_weight:
+            each = choices.energy_weight / choices.dense["energy"]
+            energies = self._column("energy_j")
+            self.losses = [a + each * b for a, b in zip(self.losses, energies, strict=True)]
+        self.spends = {metric: self._column(_SUMMED[metric]) for metric in metrics}
+        self.peaks = self._column("peak_bytes")
+
+    def _column(self, name: str) -> list[Floats]:
+        return [np.array([getattr(o, name) for o in options]) for options in self.options]
+
+    def within(self, limits: Mapping[str, float]) -> Knapsack:
+        """The knapsack with its limits."""
+        found = {}
+        for metric, limit in limits.items():
+            peaks = self.peaks if metric == "memory" else None
+            room = limit - self.choices.fixed[metric]
+            unit = self.choices.dense[metric]
+            found[metric] = Limit(self.spends[metric], room, unit, peaks, self.choices.floor_bytes)
+        return Knapsack(self.losses, found)
+
+    @cached_property
+    def lagrangian(self) -> Lagrangian:
+        """For the only limit."""
+        (spend,) = self.spends.values()
+        return Lagrangian(self.losses, spend)
+
+
+def offer(
+    model: nn.Module,
+    curves: Mapping[str, Curve],
+    cost: ModelCost,
+    *,
+    round_to: int = 8,
+    gain: Mapping[str, float] | None = None,
+    pricer: Pricer | None = None,
+    memory: MemoryPricer | None = None,
+    energy_weight: float = 0.0,
+) -> Choices:
+    """The choices of a model, to be solved for any number of budgets.
+
+    Args:
+        model: the dense model (read for sizes only).
+        curves: units name -> curve, from `hwprune.distortion.curves`.
+        cost: from `hwprune.cost.model_cost`.
+        round_to: neurons are kept in multiples of this (8, 16, 64: what tensor cores like); head
+            channels in multiples of 8.
+        gain: kind -> factor on the curves of that kind, measured by `hwprune.gain`.
+        pricer: latency and energy on a device, for budgets of them.
+        memory: bytes, for budgets of them.
+        energy_weight: minimise distortion + energy_weight * (joules of a batch / joules of the dense model's).
 
     Raises:
-        ValueError: no number, or a unit that the metric does not have.
+        ValueError: a negative weight, or one of energy where no device has figures of it.
     """
-    if not isinstance(value, str):
-        return float(value)
-    units = _UNITS[metric]
-    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)", value.strip())
-    if match is None or match[2] not in units:
-        known = ", ".join(unit for unit in units if unit)
-        raise ValueError(f"budget: {metric}: expected a number, or one with {known}, got {value!r}")
-    try:
-        return float(match[1]) * units[match[2]]
-    except ValueError:
-        raise ValueError(f"budget: {match[1]!r} is no number in {metric}={value}") from None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much of every layer is kept, and what that is predicted to cost.
-
-    Attributes:
-        keep: units name -> kept units.
-        structure: layer name -> what is left of it (several linears of one layer merged).
-        distortion: predicted, in the unit of the curves.
-        macs, params: predicted, of the whole model.
-        dense_macs, dense_params: of the dense model.
-        limits: metric -> absolute limit.
-        latency_s, energy_j: predicted for a batch, where a device was asked for; None otherwise.
-        dense_latency_s, dense_energy_j: of the dense model.
-    """
-
-    keep: Mapping[str, int]
-    structure: Mapping[str, Structure]
-    distortion: float
-    macs: float
-    params: float
-    dense_macs: float
-    dense_params: float
-    limits: Mapping[str, float] = field(default_factory=dict)
-    latency_s: float | None = None
-    energy_j: float | None = None
-    dense_latency_s: float | None = None
-    dense_energy_j: float | None = None
-
-    @property
-    def macs_ratio(self) -> float:
-        """Kept fraction of the MACs."""
-        return self.macs / self.dense_macs
-
-    @property
-    def params_ratio(self) -> float:
-        """Kept fraction of the parameters."""
-        return self.params / self.dense_params
+    if not 0 <= energy_weight < math.inf:
+        raise ValueError(f"energy_weight: expected a number of at least 0, got {energy_weight}")
+    dense = {"macs": cost.macs, "params": float(cost.params)}
+    refused = dict.fromkeys(ON_A_DEVICE, "no device says what a layer costs")
+    refused["memory"] = "no batch says what activations take"
+    if pricer is not None:
+        dense["latency"] = pricer.dense.latency_s
+        if pricer.dense.energy_j is not None:
+            dense["energy"] = pricer.dense.energy_j
+        else:
+            name = pricer.network.costs.profile.name
+            refused["energy"] = (
+                f"{name} has no energy figures; name a device that has with device=NAME (--device), or measure "
+                "this one with `hwprune profile` where a power sensor is readable"
+            )
+    if energy_weight and "energy" not in dense:
+        raise ValueError(f"energy_weight: {refused['energy']}")
+    groups = all_options(
+        model, curves, cost, round_to=round_to, gain=gain, pricer=pricer, memory=memory
+    )
+    floor = 0.0
+    if memory is not None:
+        dense["memory"] = memory.dense_bytes
+        floor = memory.floor({layer.name for layer, _ in groups})
+    return Choices(groups, dense, energy_weight, floor, refused)
 
 
 def allocate(
@@ -184,74 +284,37 @@ def allocate(
     round_to: int = 8,
     gain: Mapping[str, float] | None = None,
     pricer: Pricer | None = None,
-    scale: Mapping[str, float] | None = None,
+    memory: MemoryPricer | None = None,
+    energy_weight: float = 0.0,
 ) -> Plan:
-    """Solve the knapsack: least summed distortion within the budget.
+    """Solve the knapsack once: `offer` with the same arguments, and the plan of a budget.
 
     Args:
-        model: the dense model (read for sizes only).
-        curves: units name -> curve, from `hwprune.distortion.curves`.
+        model: the dense model.
+        curves: units name -> curve.
         cost: from `hwprune.cost.model_cost`.
         budget: what may be spent; several limits at once are all kept.
-        round_to: neurons are kept in multiples of this (8, 16, 64: what tensor cores like); head
-            channels in multiples of 8.
-        gain: kind -> factor on the curves of that kind, measured by `hwprune.gain`.
-        pricer: latency and energy on a device, for budgets of them.
-        scale: metric -> factor on its limit, where a plan before turned out dearer than predicted.
-
-    Returns:
-        Plan.
+        round_to: neurons are kept in multiples of this.
+        gain: kind -> factor on the curves of that kind.
+        pricer: for budgets of latency and energy.
+        memory: for budgets of memory.
+        energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
 
     Raises:
         UnreachableBudget: no combination of options is cheap enough.
-        ValueError: a latency or energy is limited and there is no pricer, or its device has no sensor.
+        ValueError: something is limited that nothing here has a price for.
     """
-    dense = {"macs": cost.macs, "params": float(cost.params)}
-    if pricer is not None:
-        dense["latency"] = pricer.dense.latency_s
-        if pricer.dense.energy_j is not None:
-            dense["energy"] = pricer.dense.energy_j
-    for metric in budget.given:
-        if metric not in dense:
-            raise ValueError(
-                f"budget {metric}: no device says what a layer costs"
-                if pricer is None
-                else f"budget {metric}: {pricer.network.costs.profile.name} has no {metric} figures"
-            )
-    limits = budget.limits(dense)
-    limited = [FIELDS[metric] for metric in limits]
-    groups = option_groups(
-        model, curves, cost, round_to=round_to, gain=gain, pricer=pricer, limited=limited
+    table = offer(
+        model,
+        curves,
+        cost,
+        round_to=round_to,
+        gain=gain,
+        pricer=pricer,
+        memory=memory,
+        energy_weight=energy_weight,
     )
-    tight = {metric: limit * (scale or {}).get(metric, 1.0) for metric, limit in limits.items()}
-    chosen = _solve(groups, dense, tight)
-    keep = {name: count for option in chosen for name, count in option.keep.items()}
-    fixed = _fixed(groups, dense)
-    spent = {m: fixed[m] + sum(getattr(o, FIELDS[m]) for o in chosen) for m in fixed}
-    return Plan(
-        keep,
-        _structures(groups, chosen),
-        sum(o.distortion for o in chosen),
-        spent["macs"],
-        spent["params"],
-        cost.macs,
-        float(cost.params),
-        limits,
-        spent.get("latency"),
-        spent.get("energy"),
-        dense.get("latency"),
-        dense.get("energy"),
-    )
-
-
-def _fixed(
-    groups: Sequence[tuple[Layer, list[Option]]], dense: Mapping[str, float]
-) -> dict[str, float]:
-    """Cost of everything the options do not cover: the dense model less the dense options."""
-    return {
-        metric: total - sum(getattr(dense_option(o), FIELDS[metric]) for _, o in groups)
-        for metric, total in dense.items()
-    }
+    return table.plan(budget)
 
 
 def _structures(
@@ -260,133 +323,11 @@ def _structures(
     """Layer name -> structure, the linears of one layer merged."""
     merged: dict[str, Structure] = {}
     for (layer, _), option in zip(groups, chosen, strict=True):
-        before = merged.get(layer.name)
-        if before is None or option.structure.weights is None:
-            merged[layer.name] = option.structure
-        else:
-            merged[layer.name] = Structure(
-                weights={**(before.weights or {}), **option.structure.weights}
+        before, found = merged.get(layer.name), option.structure
+        if before is not None and found.weights is not None:
+            weights = {**(before.weights or {}), **found.weights}
+            found = Structure(
+                weights=weights, tiles={**(before.tiles or {}), **(found.tiles or {})}
             )
+        merged[layer.name] = found
     return merged
-
-
-def _solve(
-    groups: Sequence[tuple[Layer, list[Option]]],
-    dense: Mapping[str, float],
-    limits: Mapping[str, float],
-) -> list[Option]:
-    """One option a group by mixed-integer programming."""
-    fixed = _fixed(groups, dense)
-    if all(limit >= dense[metric] for metric, limit in limits.items()):
-        return [dense_option(options) for _, options in groups]
-    for metric, limit in limits.items():
-        least = fixed[metric] + sum(
-            min(getattr(o, FIELDS[metric]) for o in options) for _, options in groups
-        )
-        if least > limit * (1 + 1e-9):
-            raise UnreachableBudget(_reachable(groups, metric, least, limit, dense[metric]))
-    choices = [options for _, options in groups]
-    room = {metric: limit - fixed[metric] for metric, limit in limits.items()}
-    cap = max(o.distortion for options in choices for o in options)
-    refused: list[list[Option]] = []
-    while True:
-        chosen = _solve_once(choices, room, dense, cap, refused)
-        if chosen is None:
-            raise UnreachableBudget(
-                f"no plan keeps {', '.join(f'{m} <= {v:.4g}' for m, v in limits.items())} at once; "
-                "loosen one of the limits"
-            )
-        loss = sum(o.distortion for o in chosen)
-        if any(sum(getattr(o, FIELDS[m]) for o in chosen) > limit for m, limit in room.items()):
-            refused.append(chosen)  # HiGHS takes 0.999999 for 1, so a sum may be 1e-6 over
-        elif loss >= cap / 10:
-            return chosen
-        else:
-            cap = loss
-
-
-@contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Keep what HiGHS's C++ prints (a debug line of 1.14's) out of standard output, where JSON may go."""
-    sys.stdout.flush()
-    saved = os.dup(1)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-def _solve_once(
-    groups: Sequence[Sequence[Option]],
-    room: Mapping[str, float],
-    dense: Mapping[str, float],
-    cap: float,
-    refused: Sequence[Sequence[Option]],
-) -> list[Option] | None:
-    """One run of HiGHS without options above `cap` and without plans refused; None if infeasible.
-
-    HiGHS stops within 1e-6 of the objective's unit and of a row's: the units are small.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    flat = [option for options in groups for option in options]
-    distortion = np.array([o.distortion for o in flat])
-    owner = np.repeat(np.arange(len(groups)), [len(options) for options in groups])
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for metric, limit in room.items():
-        unit = dense[metric] * 1e-6
-        row = np.array([[getattr(o, FIELDS[metric]) / unit for o in flat]])
-        constraints.append(LinearConstraint(row, -np.inf, limit / unit))
-    for plan in refused:
-        ids = {id(option) for option in plan}
-        row = np.array([[float(id(option) in ids) for option in flat]])
-        constraints.append(LinearConstraint(row, -np.inf, len(groups) - 1))
-    with _quiet_stdout():
-        result = milp(
-            np.minimum(distortion, cap) * (1e3 / cap if cap else 1.0),
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, distortion <= cap),
-            constraints=constraints,
-            options={"mip_rel_gap": 1e-6, "time_limit": 60.0},
-        )
-    if result.x is None:
-        return None
-    return [flat[i] for i in np.flatnonzero(result.x > 0.5)]
-
-
-def _reachable(
-    groups: Sequence[tuple[Layer, list[Option]]],
-    metric: str,
-    least: float,
-    limit: float,
-    dense: float,
-) -> str:
-    """The message of an unreachable budget: what each layer can be cut to."""
-    lines = [
-        f"budget {metric} <= {limit:.4g} ({limit / dense:.3f} of dense) is out of reach: the least these "
-        f"units allow is {least:.4g} ({least / dense:.3f}). Layer by layer, least of dense:"
-    ]
-    for layer, options in groups:
-        values = [getattr(o, FIELDS[metric]) for o in options]
-        lines.append(f"  {layer.name}: {min(values) / max(max(values), 1e-30):.3f}")
-    lines.append("Ask for more, or allow more kinds (--kinds head,neuron,qk,vo,block).")
-    return "\n".join(lines)
-
-
-def select(curves: Mapping[str, Curve], plan: Plan) -> Mask:
-    """The mask a plan stands for: each curve's order, cut at the kept count.
-
-    Raises:
-        ValueError: the plan names units the curves do not have.
-    """
-    missing = [name for name in plan.keep if name not in curves]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: in the plan but without a curve; allocate from these curves"
-        )
-    return {name: curves[name].kept(count) for name, count in plan.keep.items()}

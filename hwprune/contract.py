@@ -1,54 +1,62 @@
-"""A contract on latency or energy: priced on a device profile, proven by measuring, tightened when missed.
+"""A contract on latency, energy or memory: what a budget is judged by, and what was predicted and measured.
 
-The knapsack spends predicted time; the realised model is then measured against the dense one on the machine
-at hand, in interleaved rounds. Where it misses the budget, or leaves some of it unused, it is solved again with
-the limit scaled by what was measured, a few times; what no plan keeps is refused.
+The knapsack spends predicted time, joules and bytes; the realised model is then measured against the dense one
+on the machine at hand (`hwprune.proof`). What this machine cannot measure is said to be a prediction.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.allocate import ON_A_DEVICE, Budget, Plan, UnreachableBudget
+from hwprune.budget import ON_A_DEVICE, Budget
 from hwprune.device import ProfileError, load_device
 from hwprune.meter.compare import measure
-from hwprune.meter.estimate import Estimate
+from hwprune.meter.estimate import Estimate, Unavailable
+from hwprune.meter.memory import Memory, peak_memory
 from hwprune.network import NetworkModel
 from hwprune.operations import count_operations
 from hwprune.ops import DTYPES
+from hwprune.plan import Plan
 from hwprune.predict import CostModel
-from hwprune.pricing import Pricer
+from hwprune.pricing import MemoryPricer, Pricer
 from hwprune.profiling import this_device
 from hwprune.route import profile_here
-from hwprune.units import Mask
+from hwprune.units import Layer
 
-ATTEMPTS = 4
-_CLOSE = 0.03  # of the budget left unused that is not worth another try
+ATTEMPTS = 4  # plans that are cut and measured before a budget is refused
 _BEYOND = 0.05  # share of the time beyond the sizes of the profile that is not worth a word
+_ACTIVATIONS_OFF = (
+    0.15  # how far estimated peaks are from measured ones at most (tests/test_memory_cost.py)
+)
 _TYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Contract:
-    """What a budget of latency or energy is judged by.
+    """What a budget of latency, energy or memory is judged by.
 
     Attributes:
-        pricer: predicts on the profile.
-        x: the batch that is timed.
-        dense: a copy of the dense model to measure against; None where this machine is not the profile's
-            device, and nothing can be measured.
+        x: the batch that is run.
+        pricer: predicts time and energy on the profile; None where neither is asked for.
+        memory: predicts bytes; None where they are not asked for.
+        dense: a copy of the dense model to measure against; None where nothing can be measured.
+        timed: whether this machine is the profile's device.
+        weighs: bytes can be measured here.
         notes: what the user should know.
     """
 
-    pricer: Pricer
     x: Tensor
+    pricer: Pricer | None
+    memory: MemoryPricer | None
     dense: nn.Module | None
+    timed: bool = False
+    weighs: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -57,33 +65,56 @@ def contract(
     budget: Budget,
     device: str | None,
     x: Tensor,
-    block: tuple[int, int],
+    layers: Sequence[Layer] = (),
+    *,
+    energy_weight: float = 0.0,
 ) -> Contract | None:
-    """Make a contract for a budget; None where it needs no device.
+    """Make a contract for a budget; None where it needs none.
 
     Args:
         model: dense.
         budget: what is asked.
         device: a profile's name or file; None = the profile of this very machine.
-        x: the batch that is to be timed, on the model's device and in its type.
-        block: tile size of block options.
+        x: the batch that is to be run, on the model's device and in its type.
+        layers: all prunable layers of the model, for a budget of memory.
+        energy_weight: other than 0, energy is needed whatever the budget.
 
     Raises:
         ValueError: no profile, one that cannot price this model, or a device for a budget without one.
     """
     asked = [metric for metric in budget.given if metric in ON_A_DEVICE]
-    if not asked:
-        if device is not None:
-            raise ValueError(
-                f"device={device!r}: budgets macs and params need no device profile; leave device out"
-            )
+    asked += ["energy"] if energy_weight else []
+    if not asked and device is not None:
+        raise ValueError(
+            f"device={device!r}: budgets macs, params and memory need no device profile; leave device out"
+        )
+    if not asked and "memory" not in budget.given:
         return None
-    costs = device_costs(device, x.device, asked[0])
-    here = costs.profile.key == this_device(x.device)
     if x.dtype not in _TYPES:
-        raise ValueError(f"budget {asked[0]}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
+        first = asked[0] if asked else "memory"
+        raise ValueError(f"budget {first}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
+    notes: list[str] = []
+    pricer, timed = _timing(model, device, x, asked[0], notes) if asked else (None, False)
+    memory, weighs = None, False
+    if "memory" in budget.given:
+        found = _memory(model, x)
+        weighs = isinstance(found, Memory)
+        if isinstance(found, Memory):
+            memory = MemoryPricer.fitted(model, layers, x, found.activation_bytes)
+        else:
+            memory = MemoryPricer.fitted(model, layers, x)
+            notes.append(f"peak activations are predicted, not measured: {found.reason}")
+    dense = copy.deepcopy(model).eval() if timed or weighs else None
+    return Contract(x, pricer, memory, dense, timed, weighs, tuple(notes))
+
+
+def _timing(
+    model: nn.Module, device: str | None, x: Tensor, metric: str, notes: list[str]
+) -> tuple[Pricer, bool]:
+    """Time and energy of the model's parts; whether this machine is the device. Adds to the notes."""
+    costs = device_costs(device, x.device, metric)
+    here = costs.profile.key == this_device(x.device)
     counted = count_operations(model, x, partly=True)
-    notes = []
     network = NetworkModel(costs)
     if here:
         seconds = latency_s(model, x)
@@ -100,8 +131,7 @@ def contract(
             f"{costs.profile.name} was measured at other sizes: {share:.0%} of the time of {tuple(x.shape)} "
             "is extrapolated"
         )
-    pricer = Pricer(network, len(x), _TYPES[x.dtype], dense, block)
-    return Contract(pricer, x, copy.deepcopy(model).eval() if here else None, tuple(notes))
+    return Pricer(network, len(x), _TYPES[x.dtype], dense), here
 
 
 def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
@@ -114,8 +144,16 @@ def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
     return torch.cat([images] * -(-count // len(images)))[:count]
 
 
-def device_costs(device: str | None, place: torch.device, metric: str) -> CostModel:
+def device_costs(
+    device: str | None, place: torch.device, metric: str, argument: str = "device"
+) -> CostModel:
     """The cost model of a profile by name or file; None = of the profile of this very machine.
+
+    Args:
+        device: the profile.
+        place: where the model is.
+        metric: what is asked, for the message.
+        argument: how the caller calls `device`, for the message.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -126,7 +164,8 @@ def device_costs(device: str | None, place: torch.device, metric: str) -> CostMo
         if found is None:
             raise ValueError(
                 f"budget {metric}: this machine ({this_device(place)}) has no profile; measure it once with "
-                "`hwprune profile` and give it with device=FILE (--device FILE), or name another device's"
+                f"`hwprune profile` and give it with {argument}=FILE (--{argument} FILE), or name another "
+                "device's"
             )
         return found
     try:
@@ -156,6 +195,19 @@ def _single_thread(model: nn.Module) -> bool:
     return next(model.parameters()).device.type == "cpu" and torch.get_num_threads() == 1
 
 
+@torch.inference_mode()
+def _memory(model: nn.Module, x: Tensor) -> Memory | Unavailable:
+    """Weights and the peak of activations of one forward in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        model(x)
+        return peak_memory(lambda: model(x), model, (), x.device)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def prove(pruned: nn.Module, dense: nn.Module, inputs: object) -> dict[str, Any]:
     """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason.
 
@@ -171,118 +223,32 @@ def prove(pruned: nn.Module, dense: nn.Module, inputs: object) -> dict[str, Any]
     }
 
 
-def settle(
-    terms: Contract | None,
-    solve: Callable[[Mapping[str, float]], tuple[Plan, Mask]],
-    shaped: Callable[[Mask], nn.Module],
-) -> tuple[Plan, Mask]:
-    """A plan that keeps its budget as measured, and uses it: within 3 % where a few tries find one.
-
-    Time depends on shapes, not on weights: each plan is tried on a copy that is cut but not re-fitted.
-
-    Args:
-        terms: of the budget; None, or another machine's: the first plan is taken as predicted.
-        solve: metric -> factor on its limit, to a plan and its mask.
-        shaped: a throwaway model of that shape.
-
-    Raises:
-        UnreachableBudget: no plan tried keeps the budget on this machine; says what was reached.
-    """
-    scale: dict[str, float] = {}
-    best: tuple[float, Plan, Mask] | None = None
-    reached = ""
-    for _ in range(ATTEMPTS):
-        try:
-            plan, mask = solve(scale)
-        except UnreachableBudget:
-            if best is None and not reached:
-                raise
-            break
-        if terms is None or terms.dense is None or all(bool(grid.all()) for grid in mask.values()):
-            return plan, mask
-        proof = prove(shaped(mask), terms.dense, terms.x)
-        used = use(proof, plan)
-        if not used:  # nothing could be measured, which the report says
-            return plan, mask
-        tightest = max(used.values())
-        reached = ", ".join(f"{metric} {proof[metric].value:.3f} of dense" for metric in used)
-        if kept(proof, plan) and (best is None or tightest > best[0]):
-            best = tightest, plan, mask
-        if best is not None and (best[0] >= 1 - _CLOSE or not kept(proof, plan)):
-            break
-        # A step past the limit by half of what is close enough, so that noise does not decide.
-        scale = {m: scale.get(m, 1.0) * (1 - _CLOSE / 2) / share for m, share in used.items()}
-    if best is None:
-        raise UnreachableBudget(
-            f"{ATTEMPTS} plans were cut and timed, and none keeps the budget on this machine; the last: "
-            f"{reached}; loosen the budget, or measure the device again with `hwprune profile`"
-        )
-    return best[1], best[2]
+def weigh(pruned: nn.Module, memory: MemoryPricer, x: Tensor) -> Estimate | Unavailable:
+    """Measured bytes of the pruned model, weights and activations, by those of the dense one."""
+    found = _memory(pruned, x)
+    if isinstance(found, Unavailable):
+        return found
+    ratio = (found.weight_bytes + found.activation_bytes) / memory.dense_bytes
+    return Estimate(ratio, ratio, ratio, 1)  # an allocator repeats itself
 
 
-def use(proof: Mapping[str, Any], plan: Plan) -> dict[str, float]:
-    """Metric -> measured share of what its limit allows, for limits of the device that were measured."""
-    found = {}
-    dense = {"latency": plan.dense_latency_s, "energy": plan.dense_energy_j}
-    for metric, limit in plan.limits.items():
-        measured, whole = proof.get(metric), dense.get(metric)
-        if isinstance(measured, Estimate) and whole:
-            found[metric] = measured.value * whole / limit
-    return found
-
-
-def kept(proof: Mapping[str, Any], plan: Plan) -> bool:
-    """Whether no limit is exceeded by more than the interval: its lower end is within."""
-    shares = use(proof, plan)
-    return all(share * proof[m].lo <= proof[m].value for m, share in shares.items())
-
-
-def proven(model: nn.Module, terms: Contract, plan: Plan) -> dict[str, Any] | None:
-    """The finished model's measured ratios; None where this machine is not the device.
-
-    Raises:
-        UnreachableBudget: they are over the limit by more than the interval, where the plan tried before was
-            not: the machine does not hold still.
-    """
-    if terms.dense is None:
-        return None
-    proof = prove(model, terms.dense, terms.x)
-    if not kept(proof, plan):
-        proof = prove(model, terms.dense, terms.x)  # one round of noise is no verdict
-    if not kept(proof, plan):
-        found = ", ".join(f"{m} {proof[m].value:.3f} of dense" for m in use(proof, plan))
-        raise UnreachableBudget(
-            f"the finished model is over its budget: {found}, though its plan was not; this machine is too "
-            "noisy to keep a contract on: use a quieter one, or loosen the budget"
-        )
-    return proof
-
-
-def told(terms: Contract, plan: Plan, proof: dict[str, Any] | None) -> dict[str, Any]:
+def told(terms: Contract, plan: Plan, proof: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keys `predicted` and `measured` of a report: figures, or null with a reason."""
-    spread = terms.pricer.spread_rel()
     predicted: dict[str, Any] = {}
-    for metric, got, whole in (
-        ("latency", plan.latency_s, plan.dense_latency_s),
-        ("energy", plan.energy_j, plan.dense_energy_j),
-    ):
-        if got is None or not whole:
-            predicted[f"{metric}_ratio"] = None
-            predicted["reason"] = (
-                f"{terms.pricer.network.costs.profile.name} has no {metric} figures"
-            )
-        else:
-            ratio = got / whole
-            ends = {"lo": ratio * (1 - spread), "hi": ratio * (1 + spread)}
-            predicted[f"{metric}_ratio"] = {"value": ratio, **ends}
-    return {"predicted": predicted, "measured": measured_keys(proof, terms.notes)}
+    for metric in (*ON_A_DEVICE, *(["memory"] if terms.memory is not None else [])):
+        figure = _predicted(terms, plan, metric)
+        predicted[f"{metric}_ratio"] = None if isinstance(figure, str) else figure
+        if isinstance(figure, str):
+            predicted["reason"] = figure
+    absent = {} if terms.memory is None else {"memory_ratio": None}
+    return {"predicted": predicted, "measured": absent | measured_keys(proof, terms.notes)}
 
 
 def measured_keys(proof: Mapping[str, Any] | None, notes: Sequence[str]) -> dict[str, Any]:
     """The key `measured` of a report.
 
     Args:
-        proof: from `prove`; None where nothing was measured.
+        proof: from `prove`, with the memory if that was asked for; None where nothing was measured.
         notes: why that is.
     """
     measured: dict[str, Any] = {f"{metric}_ratio": None for metric in ON_A_DEVICE}
@@ -290,10 +256,34 @@ def measured_keys(proof: Mapping[str, Any] | None, notes: Sequence[str]) -> dict
         measured["reason"] = "; ".join(notes) or "nothing was removed, so nothing was timed"
         return measured
     measured |= {part: proof[part] for part in ("arms", "settings") if part in proof}
-    for metric in ON_A_DEVICE:
+    for metric in (m for m in (*ON_A_DEVICE, "memory") if m in proof):
         figure = proof[metric]
         if isinstance(figure, Estimate):
             measured[f"{metric}_ratio"] = figure.to_dict()
         else:
-            measured["reason"] = figure.reason
+            measured |= {f"{metric}_ratio": None, "reason": figure.reason}
     return measured
+
+
+def _predicted(terms: Contract, plan: Plan, metric: str) -> dict[str, float] | str:
+    """A predicted ratio with its interval, or why there is none."""
+    if metric == "memory":
+        assert plan.weight_bytes is not None and plan.activation_bytes is not None
+        assert plan.dense_memory_bytes
+        lo, value, hi = (
+            (plan.weight_bytes + factor * plan.activation_bytes) / plan.dense_memory_bytes
+            for factor in (1 - _ACTIVATIONS_OFF, 1, 1 + _ACTIVATIONS_OFF)
+        )
+        return {"value": value, "lo": lo, "hi": hi}
+    if terms.pricer is None:
+        return "neither latency nor energy was asked for"
+    got, whole = (
+        (plan.latency_s, plan.dense_latency_s)
+        if metric == "latency"
+        else (plan.energy_j, plan.dense_energy_j)
+    )
+    if got is None or not whole:
+        return f"{terms.pricer.network.costs.profile.name} has no {metric} figures"
+    spread = terms.pricer.spread_rel()
+    ratio = got / whole
+    return {"value": ratio, "lo": ratio * (1 - spread), "hi": ratio * (1 + spread)}

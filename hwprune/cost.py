@@ -26,7 +26,8 @@ class Structure:
         qk: kept channels of q and k in each head.
         v: kept channels of v in each head.
         neurons: kept hidden neurons of an MLP.
-        weights: linear name -> stored weights, for linears cut by blocks (whole tiles count).
+        weights: linear name -> stored weights, for layers cut by blocks (whole tiles count).
+        tiles: linear name -> (rows, cols) of its tiles; those of `weights` that it leaves out are dense.
     """
 
     heads: int | None = None
@@ -34,6 +35,7 @@ class Structure:
     v: int | None = None
     neurons: int | None = None
     weights: Mapping[str, int] | None = None
+    tiles: Mapping[str, tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hwprune.cost import Structure, dense_structure, input_rows
-from hwprune.operations import count_operations, layer_operations
+from hwprune.operations import count_operations, layer_operations, stored_tiles
 from hwprune.ops import DTYPES, Op
 from hwprune.units import AttentionLayer, Layer, get_linear
 
@@ -28,16 +28,13 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(stored.values())
 
 
-def layer_weight_bytes(
-    model: nn.Module, layer: Layer, keep: Structure, block: tuple[int, int] = (0, 0)
-) -> int:
+def layer_weight_bytes(model: nn.Module, layer: Layer, keep: Structure) -> int:
     """Bytes of a layer's weights once it is realised.
 
     Args:
         model: dense.
         layer: of a family's `find_layers`.
         keep: what is left of it.
-        block: of the tiles, where `keep.weights` is given.
 
     Raises:
         ValueError: stored weights that are no whole number of tiles.
@@ -49,9 +46,9 @@ def layer_weight_bytes(
     size = get_linear(model, layer.out).weight.element_size()
     if keep.weights is not None:
         return whole + sum(
-            _tile_bytes(get_linear(model, name), stored, block, name)
+            _tile_bytes(get_linear(model, name), name, keep)
             - get_linear(model, name).weight.numel() * size
-            for name, stored in keep.weights.items()
+            for name in keep.weights
         )
     out = get_linear(model, layer.out)
     if isinstance(layer, AttentionLayer):
@@ -77,22 +74,18 @@ def layer_weight_bytes(
     return whole - values * size
 
 
-def _tile_bytes(linear: nn.Linear, stored: int, block: tuple[int, int], name: str) -> int:
+def _tile_bytes(linear: nn.Linear, name: str, keep: Structure) -> int:
     """The weight of a linear of stored tiles; one that keeps all stays dense."""
-    if min(block) < 1 or stored % (block[0] * block[1]):
-        raise ValueError(f"{name}: expected whole tiles of {block}, got {stored} weights")
-    size, kept = linear.weight.element_size(), stored // (block[0] * block[1])
-    rows = -(-linear.out_features // block[0])
-    if kept == rows * -(-linear.in_features // block[1]):
+    size, tiled = linear.weight.element_size(), stored_tiles(linear, name, keep)
+    if tiled is None:
         return linear.weight.numel() * size
-    return stored * size + _INDEX_BYTES * (kept + 1 + rows + 1 + rows)
+    kept, block = tiled
+    rows = -(-linear.out_features // block[0])
+    return kept * block[0] * block[1] * size + _INDEX_BYTES * (kept + 1 + rows + 1 + rows)
 
 
 def plan_weight_bytes(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    keep: Mapping[str, Structure],
-    block: tuple[int, int] = (0, 0),
+    model: nn.Module, layers: Sequence[Layer], keep: Mapping[str, Structure]
 ) -> int:
     """Bytes of a whole model's weights under a plan that is not realised.
 
@@ -100,12 +93,11 @@ def plan_weight_bytes(
         model: dense.
         layers: its prunable layers.
         keep: layer name -> what is left of it; layers left out stay dense.
-        block: of the tiles, where a structure has `weights`.
     """
     found = weight_bytes(model)
     for layer in layers:
         if layer.name in keep:
-            found += layer_weight_bytes(model, layer, keep[layer.name], block)
+            found += layer_weight_bytes(model, layer, keep[layer.name])
             found -= layer_weight_bytes(model, layer, dense_structure(layer))
     return found
 
@@ -137,13 +129,67 @@ def layer_activation_bytes(ops: Sequence[Op], *, gated: bool = False) -> float:
     return float(size * m * max((4 if gated else 2) * hidden, hidden + out))
 
 
+def layer_peak_bytes(
+    model: nn.Module, layer: Layer, keep: Structure, *, images: int, tokens: int, dtype: str
+) -> float:
+    """What is alive at the worst moment of a layer: its own tensors, and the residual stream beside it.
+
+    Args:
+        model: dense.
+        layer: of a family's `find_layers`.
+        keep: what is left of it; a linear of tiles has outputs as wide as the dense one.
+        images: of a batch.
+        tokens: of an image in this layer.
+        dtype: fp32, fp16 or bf16.
+    """
+    if keep.weights is not None:
+        keep = dense_structure(layer)
+    ops = layer_operations(model, layer, keep, images=images, tokens=tokens, dtype=dtype)
+    gated = not isinstance(layer, AttentionLayer) and len(layer.inputs) > 1
+    width = get_linear(model, layer.out).out_features
+    stream = images * tokens * width * DTYPES[dtype].itemsize
+    # Alive beside a layer: the model's input to its blocks, the block's, the norm's output; in the MLP the sum
+    # after attention too.
+    beside = 3 if isinstance(layer, AttentionLayer) else 4
+    return beside * stream + layer_activation_bytes(ops, gated=gated)
+
+
+def peaks(
+    model: nn.Module, layers: Sequence[Layer], keep: Mapping[str, Structure], x: Tensor
+) -> dict[str, float]:
+    """The bytes alive at the worst moment of each part of a forward, by the name of the layer or module.
+
+    Args:
+        model: dense.
+        layers: its prunable layers.
+        keep: layer name -> what is left of it; layers left out stay dense.
+        x: the batch it will run.
+    """
+    counted = count_operations(model, x, partly=True)
+    found: dict[str, float] = {}
+    for name, op in counted.parts:
+        # The patch embedding reorders its weight, and transposes its output.
+        if isinstance(model.get_submodule(name), nn.Conv2d):
+            found[name] = op.weight_bytes + 2 * op.shape[0] * op.shape[1] * x.element_size()
+    for layer in layers:
+        inside = [op for name, op in counted.parts if name.startswith(f"{layer.name}.")]
+        inside += [op for name, op in counted.parts if name == layer.name]
+        first = next((op for op in inside if op.kind == "linear"), None)
+        if first is None:
+            continue  # it does not run
+        found[layer.name] = layer_peak_bytes(
+            model,
+            layer,
+            keep.get(layer.name, dense_structure(layer)),
+            images=len(x),
+            tokens=first.shape[0] // len(x),
+            dtype=first.dtype,
+        )
+    return found
+
+
 def activation_bytes(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    keep: Mapping[str, Structure],
-    x: Tensor,
-    *,
-    block: tuple[int, int] = (0, 0),
+    model: nn.Module, layers: Sequence[Layer], keep: Mapping[str, Structure], x: Tensor
 ) -> float:
     """An estimate of the peak of activations of a forward under a plan, in bytes; inputs and weights left out.
 
@@ -152,31 +198,5 @@ def activation_bytes(
         layers: its prunable layers.
         keep: layer name -> what is left of it; layers left out stay dense.
         x: the batch it will run.
-        block: of the tiles, where a structure has `weights`.
     """
-    counted = count_operations(model, x, partly=True)
-    most = 0.0
-    for (
-        name,
-        op,
-    ) in counted.parts:  # the patch embedding reorders its weight, and transposes its output
-        if isinstance(model.get_submodule(name), nn.Conv2d):
-            most = max(most, op.weight_bytes + 2 * op.shape[0] * op.shape[1] * x.element_size())
-    for layer in layers:
-        inside = [op for name, op in counted.parts if name.startswith(f"{layer.name}.")]
-        inside += [op for name, op in counted.parts if name == layer.name]
-        first = next((op for op in inside if op.kind == "linear"), None)
-        if first is None:
-            continue  # it does not run
-        tokens = first.shape[0] // len(x)
-        structure = keep.get(layer.name, dense_structure(layer))
-        ops = layer_operations(
-            model, layer, structure, images=len(x), tokens=tokens, dtype=first.dtype, block=block
-        )
-        gated = not isinstance(layer, AttentionLayer) and len(layer.inputs) > 1
-        stream = first.shape[0] * get_linear(model, layer.out).out_features * x.element_size()
-        # Alive beside a layer: the model's input to its blocks, the block's, the norm's output; in the MLP
-        # the sum after attention too.
-        beside = 3 if isinstance(layer, AttentionLayer) else 4
-        most = max(most, beside * stream + layer_activation_bytes(ops, gated=gated))
-    return most
+    return max(peaks(model, layers, keep, x).values(), default=0.0)

@@ -232,18 +232,16 @@ def layer_operations(
     images: int,
     tokens: int,
     dtype: str,
-    block: tuple[int, int] = (0, 0),
 ) -> list[Op]:
     """The operations of one layer under a structure; an emptied layer has none.
 
     Args:
         model: dense, for the sizes.
         layer: of a family's `find_layers`.
-        keep: what is left of it. With `weights` (stored weights of each linear) linears run as tiles.
+        keep: what is left of it. Linears that it has `tiles` of run as tiles.
         images: of a batch.
         tokens: of an image in this layer.
         dtype: fp32, fp16 or bf16.
-        block: of the tiles, where `keep.weights` is given.
 
     Raises:
         ValueError: stored weights that are no whole number of tiles.
@@ -257,13 +255,11 @@ def layer_operations(
             return []
     elif not whole.neurons:
         return []
-    found = linears(model, layer, keep, images * tokens, dtype, block)
+    found = linears(model, layer, keep, images * tokens, dtype)
     return [*found, *_inner(model, layer, whole, images, tokens, dtype)]
 
 
-def _cut(
-    model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str, _: tuple[int, int]
-) -> list[Op]:
+def _cut(model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str) -> list[Op]:
     """The linears of a layer with whole units gone."""
     sums: dict[str, int] = {}
     for rows, field in input_rows(layer):
@@ -285,30 +281,40 @@ def _cut(
     return [*found, Op("linear", (m, out.out_features, inner), dtype)]
 
 
-def _tiled(
-    model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str, block: tuple[int, int]
-) -> list[Op]:
-    """The linears of a layer cut by tiles; those not named in `keep.weights` stay dense."""
-    assert keep.weights is not None
+def stored_tiles(
+    linear: nn.Linear, name: str, keep: Structure
+) -> tuple[int, tuple[int, int]] | None:
+    """How many tiles of which size a linear is left with; None where it stays dense.
+
+    Raises:
+        ValueError: its stored weights are no whole number of tiles, or more than there are.
+    """
+    block = (keep.tiles or {}).get(name)
+    stored = (keep.weights or {}).get(name)
+    if stored is None or (block is None and stored == linear.weight.numel()):
+        return None
+    if block is None or min(block) < 1:
+        raise ValueError(f"{name}: expected the block of its tiles, got {block}")
+    kept, rest = divmod(stored, block[0] * block[1])
+    grid = -(-linear.out_features // block[0]) * -(-linear.in_features // block[1])
+    if rest or not 0 <= kept <= grid:
+        raise ValueError(
+            f"{name}: expected 0 to {grid} whole tiles of {block}, got {stored} weights"
+        )
+    return None if kept == grid else (kept, block)
+
+
+def _tiled(model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str) -> list[Op]:
+    """The linears of a layer cut by tiles; those without tiles stay dense."""
     found = []
     for name in dict.fromkeys([rows.linear for rows, _ in input_rows(layer)] + [layer.out]):
         linear = get_linear(model, name)
         n, k = linear.out_features, linear.in_features
-        if name not in keep.weights:
+        tiled = stored_tiles(linear, name, keep)
+        if tiled is None:
             found.append(Op("linear", (m, n, k), dtype))
-            continue
-        if min(block) < 1:
-            raise ValueError(f"{name}: expected the block of its tiles, got {block}")
-        kept, rest = divmod(keep.weights[name], block[0] * block[1])
-        grid = -(-n // block[0]) * -(-k // block[1])
-        if rest or not 0 <= kept <= grid:
-            raise ValueError(
-                f"{name}: expected 0 to {grid} whole tiles of {block}, got {keep.weights[name]} weights"
-            )
-        if kept == grid:
-            found.append(Op("linear", (m, n, k), dtype))
-        elif kept:
-            found.append(Op.tiles((m, n, k), dtype, block, kept))
+        elif tiled[0]:
+            found.append(Op.tiles((m, n, k), dtype, tiled[1], tiled[0]))
     return found
 
 
@@ -348,8 +354,6 @@ def plan_operations(
     layers: Sequence[Layer],
     keep: Mapping[str, Structure],
     x: Tensor,
-    *,
-    block: tuple[int, int] = (0, 0),
 ) -> list[Op]:
     """The operations of a whole model under a plan that is not realised.
 
@@ -358,7 +362,6 @@ def plan_operations(
         layers: its prunable layers.
         keep: layer name -> what is left of it; layers left out stay dense.
         x: the batch it will run.
-        block: of the tiles, where a structure has `weights`.
 
     Raises:
         UncountedModules: as `operations`.
@@ -390,6 +393,5 @@ def plan_operations(
             images=len(x),
             tokens=tokens,
             dtype=first.dtype,
-            block=block,
         )
     return found

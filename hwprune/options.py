@@ -7,33 +7,21 @@ layer that allows both structured and block pruning offers them side by side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
-from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, layer_params
+from hwprune.block_options import block_groups, combined
+from hwprune.cost import ModelCost, Structure, layer_macs, layer_params
 from hwprune.distortion import Curve
+from hwprune.option import Option, dense_option, pareto
 from hwprune.units import AttentionLayer, Layer, layers_of
 
 if TYPE_CHECKING:
-    from hwprune.pricing import Pricer
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to leave a layer (or one linear of it, under blocks)."""
-
-    structure: Structure
-    keep: Mapping[str, int]  # units name -> kept count
-    distortion: float
-    macs: float
-    params: float
-    latency_s: float = 0.0  # of a batch, where a pricer was given
-    energy_j: float = 0.0
+    from hwprune.pricing import MemoryPricer, Pricer
 
 
 def levels(count: int, round_to: int) -> list[int]:
@@ -119,70 +107,6 @@ def _neuron_options(
     return options
 
 
-def _block_groups(
-    model: nn.Module,
-    layer: Layer,
-    curves: Sequence[Curve],
-    gain: Mapping[str, float],
-    tokens: int,
-) -> list[list[Option]]:
-    """One group a linear: kept tiles at up to 64 levels. Costs are per linear; products are fixed."""
-    groups = []
-    for curve in curves:
-        part = curve.units.slices[0]
-        assert part.tile is not None
-        name, area = part.param.removesuffix(".weight"), part.tile[0] * part.tile[1]
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        count = curve.units.count
-        options = []
-        for kept in sorted({*range(0, count, max(1, count // 64)), count}):
-            # Border tiles are stored whole, so the last few tiles may cost more than the dense weight.
-            stored = kept * area if kept < count else linear.weight.numel()
-            if stored > linear.weight.numel():
-                continue
-            loss = float(curve.distortion[count - kept]) * gain.get("block", 1.0)
-            options.append(
-                Option(
-                    Structure(weights={name: stored}),
-                    {curve.units.name: kept},
-                    loss,
-                    float(tokens * stored),
-                    float(stored),
-                )
-            )
-        groups.append(options)
-    return groups
-
-
-def dense_option(options: Sequence[Option]) -> Option:
-    """The option that keeps everything: the dearest of those that lose nothing."""
-    return max((o for o in options if o.distortion <= 0), key=lambda o: (o.macs, o.params))
-
-
-def pareto(options: Sequence[Option], limited: Sequence[str] = ("macs", "params")) -> list[Option]:
-    """Drop options that another beats on distortion and on all that is limited; dense stays.
-
-    A unit that does nothing (a dead neuron) leaves the dense option beaten, but a budget that allows
-    the dense model must be able to choose it.
-
-    Args:
-        options: of one layer.
-        limited: the fields of an option that a budget limits.
-    """
-    dense = dense_option(options)
-    costs = np.array([[getattr(o, name) for name in limited] for o in options])
-    losses = np.array([o.distortion for o in options])
-    order = np.lexsort((losses, *costs.T[::-1]))
-    kept: list[int] = []
-    for i in order:
-        among = np.array(kept, dtype=np.int64)
-        beaten = (losses[among] <= losses[i]) & (costs[among] <= costs[i]).all(1)
-        if options[i] is dense or not beaten.any():
-            kept.append(int(i))
-    return [options[i] for i in kept]
-
-
 def option_groups(
     model: nn.Module,
     curves: Mapping[str, Curve],
@@ -191,83 +115,96 @@ def option_groups(
     round_to: int = 8,
     gain: Mapping[str, float] | None = None,
     pricer: Pricer | None = None,
+    memory: MemoryPricer | None = None,
     limited: Sequence[str] = ("macs", "params"),
 ) -> list[tuple[Layer, list[Option]]]:
     """The choices of the knapsack: one group a layer, or one a linear under blocks.
 
-    A layer with both block and structured curves offers its structured options and the hull of its
-    block options side by side; one or the other is taken. With a pricer each option has its latency and
-    energy on a device.
+    A layer with both block and structured curves offers its structured options and combinations of its
+    block options side by side; one or the other is taken.
+
+    Args:
+        model: dense.
+        curves: units name -> curve.
+        cost: from `hwprune.cost.model_cost`.
+        round_to: neurons are kept in multiples of this.
+        gain: kind -> factor on the curves of that kind.
+        pricer: gives each option its latency and energy on a device.
+        memory: gives each option its bytes.
+        limited: the fields of an option that are limited; options beaten on all of them are left out.
     """
+    return [
+        (layer, pareto(options, limited))
+        for layer, options in all_options(
+            model, curves, cost, round_to=round_to, gain=gain, pricer=pricer, memory=memory
+        )
+    ]
+
+
+def all_options(
+    model: nn.Module,
+    curves: Mapping[str, Curve],
+    cost: ModelCost,
+    *,
+    round_to: int = 8,
+    gain: Mapping[str, float] | None = None,
+    pricer: Pricer | None = None,
+    memory: MemoryPricer | None = None,
+) -> list[tuple[Layer, list[Option]]]:
+    """`option_groups` with the options that no plan needs, whatever it limits."""
     gain = gain or {}
     groups: list[tuple[Layer, list[Option]]] = []
+    metrics = ["macs"]  # what a combination of tiles may have to be cheap in
+    metrics += ["latency_s"] if pricer is not None else []
+    metrics += ["energy_j"] if pricer is not None and pricer.dense.energy_j is not None else []
+    metrics += ["weight_bytes"] if memory is not None else []
     for layer in layers_of(c.units for c in curves.values()):
         tokens = cost.tokens[layer.name]
         mine = {n: c for n, c in curves.items() if c.units.layer.name == layer.name}
         blocks = [c for c in mine.values() if c.units.kind == "block"]
         structured = {n: c for n, c in mine.items() if c.units.kind != "block"}
+        every = {name: curve.units.count for name, curve in mine.items()}
+
+        def priced(
+            options: Sequence[Option], layer: Layer = layer, tokens: int = tokens
+        ) -> list[Option]:
+            return _priced(model, layer, options, tokens, pricer, memory)
+
+        per_linear = [priced(group) for group in block_groups(model, blocks, gain, tokens)]
+        if not structured:
+            groups += [(layer, group) for group in per_linear]
+            continue
         options: list[Option] = []
-        if structured and isinstance(layer, AttentionLayer):
+        if isinstance(layer, AttentionLayer):
             options = _attention_options(model, layer, structured, gain, tokens, round_to)
-        elif structured:
+        else:
             (curve,) = structured.values()
             options = _neuron_options(model, layer, curve, gain, tokens, round_to)
-        per_linear = _block_groups(model, layer, blocks, gain, tokens) if blocks else []
-        if options and per_linear:
-            dense = layer_macs(model, layer, dense_structure(layer), tokens)
-            options += _hull(per_linear, layer, mine, dense, cost, model)
-        for group in [options] if options else per_linear:
-            if pricer is not None:
-                group = _priced(model, layer, group, tokens, pricer)
-            groups.append((layer, pareto(group, limited)))
+        options = [replace(o, keep={**every, **o.keep}) for o in priced(options)]
+        if per_linear:
+            prices = [attrgetter(name) for name in metrics]
+            options += combined(per_linear, dense_option(options), prices)
+        groups.append((layer, options))
     return groups
 
 
 def _priced(
-    model: nn.Module, layer: Layer, options: Sequence[Option], tokens: int, pricer: Pricer
+    model: nn.Module,
+    layer: Layer,
+    options: Sequence[Option],
+    tokens: int,
+    pricer: Pricer | None,
+    memory: MemoryPricer | None,
 ) -> list[Option]:
-    """The options with what they cost on the device; under blocks of one linear the linear alone."""
+    """The options with what they cost on the device and in memory; under blocks the other linears are dense."""
     found = []
     for option in options:
-        seconds, joules = pricer.price(model, layer, option.structure, tokens)
-        energy = float("inf") if joules is None else joules
-        found.append(replace(option, latency_s=seconds, energy_j=energy))
+        if pricer is not None:
+            seconds, joules = pricer.price(model, layer, option.structure, tokens)
+            energy = float("inf") if joules is None else joules
+            option = replace(option, latency_s=seconds, energy_j=energy)
+        if memory is not None:
+            weights, peak = memory.price(model, layer, option.structure, tokens)
+            option = replace(option, weight_bytes=weights, peak_bytes=peak)
+        found.append(option)
     return found
-
-
-def _hull(
-    per_linear: Sequence[Sequence[Option]],
-    layer: Layer,
-    mine: Mapping[str, Curve],
-    dense_macs: float,
-    cost: ModelCost,
-    model: nn.Module,
-) -> list[Option]:
-    """Block options of a whole layer: the lower convex hull of the sum over its linears."""
-    full = {n: c.units.count for n, c in mine.items() if c.units.kind != "block"}
-    slopes = {0.0}
-    for group in per_linear:
-        for a, b in pairwise(group):
-            if b.macs > a.macs:
-                slopes.add(max(0.0, (a.distortion - b.distortion) / (b.macs - a.macs)))
-    linear_dense = sum(group[-1].macs for group in per_linear)
-    out = []
-    for slope in sorted(slopes):
-        chosen = [_cheapest(group, slope) for group in per_linear]
-        weights = {n: w for o in chosen for n, w in (o.structure.weights or {}).items()}
-        structure = Structure(weights=weights)
-        out.append(
-            Option(
-                structure,
-                {**full, **{n: k for o in chosen for n, k in o.keep.items()}},
-                sum(o.distortion for o in chosen),
-                dense_macs - linear_dense + sum(o.macs for o in chosen),
-                layer_params(model, layer, structure),
-            )
-        )
-    return out
-
-
-def _cheapest(group: Sequence[Option], slope: float) -> Option:
-    """The option a Lagrangian with this price of a MAC picks."""
-    return min(group, key=lambda option: option.distortion + slope * option.macs)

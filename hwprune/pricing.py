@@ -1,20 +1,23 @@
-"""Latency and energy of every way to leave a layer, on a profiled device: what the knapsack spends.
+"""Latency, energy and memory of every way to leave a layer: what the knapsack spends.
 
 A `Pricer` is made for one model, batch, type and device. Its dense total is measured where this machine is
-the device, else predicted; the residual of the dense model goes with the bytes an operation moves.
+the device, else predicted; the residual of the dense model goes with the bytes an operation moves. A
+`MemoryPricer` needs no device: weights are counted, activations estimated.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from hwprune.cost import Structure
+from hwprune.memory_cost import layer_peak_bytes, layer_weight_bytes, peaks, weight_bytes
 from hwprune.network import NetworkModel
 from hwprune.operations import layer_operations
-from hwprune.ops import Op
+from hwprune.ops import NAMES, Op
 from hwprune.predict import Prediction
 from hwprune.units import Layer
 
@@ -28,14 +31,12 @@ class Pricer:
         images: of the batch that is timed.
         dtype: fp32, fp16 or bf16.
         dense: latency and energy of the whole dense model for a batch.
-        block: tile size of block options.
     """
 
     network: NetworkModel
     images: int
     dtype: str
     dense: Prediction
-    block: tuple[int, int] = (0, 0)
     _known: dict[Op, Prediction] = field(default_factory=dict)
 
     def price(
@@ -53,7 +54,6 @@ class Pricer:
             images=self.images,
             tokens=tokens,
             dtype=self.dtype,
-            block=self.block,
         )
         seconds, joules = 0.0, 0.0
         for op in ops:
@@ -68,3 +68,59 @@ class Pricer:
         """Half-width of the intervals of what was priced, the median operation's; from held-out errors."""
         found = [(p.hi_s - p.lo_s) / 2 / p.latency_s for p in self._known.values()]
         return statistics.median(found) if found else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryPricer:
+    """Bytes of weights, and of activations at the worst moment of a layer.
+
+    Attributes:
+        images: of the batch.
+        dtype: fp32, fp16 or bf16.
+        weights: bytes of the dense model's weights.
+        dense_peaks: part of a forward -> activations at its worst moment in the dense model, scaled.
+        scale: of estimated activations: measured by estimated ones of the dense model, 1 where they could not
+            be measured.
+    """
+
+    images: int
+    dtype: str
+    weights: int
+    dense_peaks: Mapping[str, float]
+    scale: float = 1.0
+
+    @classmethod
+    def fitted(
+        cls, model: nn.Module, layers: Sequence[Layer], x: Tensor, activations: float | None = None
+    ) -> MemoryPricer:
+        """For one model and batch.
+
+        Args:
+            model: dense.
+            layers: its prunable layers, whether or not they are to be pruned.
+            x: the batch, in the type it will run in.
+            activations: measured peak of a forward in bytes, or None.
+        """
+        found = peaks(model, layers, {}, x)
+        scale = 1.0 if activations is None else activations / max(found.values())
+        scaled = {name: scale * value for name, value in found.items()}
+        return cls(len(x), NAMES[x.dtype], weight_bytes(model), scaled, scale)
+
+    @property
+    def dense_bytes(self) -> float:
+        """Weights and activations of the dense model."""
+        return self.weights + max(self.dense_peaks.values())
+
+    def floor(self, layers: Collection[str]) -> float:
+        """The peak outside of these layers, which no choice in them changes."""
+        outside = [value for name, value in self.dense_peaks.items() if name not in layers]
+        return max(outside, default=0.0)
+
+    def price(
+        self, model: nn.Module, layer: Layer, keep: Structure, tokens: int
+    ) -> tuple[float, float]:
+        """Bytes of a layer's weights, and of what is alive at its worst moment."""
+        alive = layer_peak_bytes(
+            model, layer, keep, images=self.images, tokens=tokens, dtype=self.dtype
+        )
+        return float(layer_weight_bytes(model, layer, keep)), self.scale * alive

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hwprune.allocate import Budget, Plan, allocate, select
+from hwprune import families
+from hwprune.allocate import Budget, Plan, offer, select
 from hwprune.analysis import Analysis, StepProgress, analyse, on_device, refuse_pruned, timed
 from hwprune.checkpoint import describe_base
-from hwprune.contract import Contract, contract, proven, settle, timed_images, told
+from hwprune.contract import Contract, contract, timed_images, told
 from hwprune.cost import count_macs
 from hwprune.cutting import cut_, undone_on_failure
+from hwprune.proof import proven, settle
 from hwprune.realise import Shape, realise_
 from hwprune.report import Report, environment
 from hwprune.report_rows import curve_rows, layer_rows, tile_rows
@@ -67,24 +69,27 @@ def prune(
     refuse_pruned(model)
     base = describe_base(model)  # a model no file could describe is refused before the long work
     batches = on_device(model, batches)
-    terms = contract(model, budget, device, timed_images(batches, timed_batch), block)
+    layers, _ = families.of(model).find_layers(model)
+    terms = contract(model, budget, device, timed_images(batches, timed_batch), layers)
     analysis = analysis or analyse(
         model, batches, kinds=kinds, block=block, seed=seed, progress=progress
     )
     seconds = dict(analysis.seconds)
 
+    with timed(seconds, "allocate"):
+        choices = offer(
+            model,
+            analysis.curves,
+            analysis.cost,
+            round_to=round_to,
+            gain=analysis.gain,
+            pricer=None if terms is None else terms.pricer,
+            memory=None if terms is None else terms.memory,
+        )
+
     def solve(scale: Mapping[str, float]) -> tuple[Plan, Mask]:
         with timed(seconds, "allocate"):
-            plan = allocate(
-                model,
-                analysis.curves,
-                analysis.cost,
-                budget,
-                round_to=round_to,
-                gain=analysis.gain,
-                pricer=None if terms is None else terms.pricer,
-                scale=scale,
-            )
+            plan = choices.plan(budget, scale=scale)
             return plan, {**full_mask(analysis.units), **select(analysis.curves, plan)}
 
     def shaped(mask: Mask) -> nn.Module:

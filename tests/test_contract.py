@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune import contract as contract_
+from hwprune import proof as proof_
 from hwprune.allocate import Budget, UnreachableBudget, allocate
 from hwprune.device import DeviceProfile, Entry
 from hwprune.meter.estimate import Estimate, Unavailable
@@ -88,7 +89,7 @@ def here(monkeypatch: pytest.MonkeyPatch, elsewhere: None) -> list[dict[str, Any
         "latency_s",
         lambda model, x: 1e-4 + sum(map(truth_s, count_operations(model, x, partly=True).ops)),
     )
-    monkeypatch.setattr(contract_, "prove", lambda *_: proofs.pop(0))
+    monkeypatch.setattr(proof_, "prove", lambda *_: proofs.pop(0))
     return proofs
 
 

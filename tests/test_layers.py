@@ -75,6 +75,7 @@ LAYERS = (
         "integrations",
         "lpvit",
         "lpvit_calibration",
+        "lpvit_plan",
     ),
     (
         "prompt_cache",

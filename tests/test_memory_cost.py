@@ -43,7 +43,7 @@ def test_weights_are_those_of_the_model_it_becomes(
     units = timm_vit.find_units(model, None if kind == "all" else (kind,), block=BLOCK)
     mask = some_mask(units, seed=3, empty=empty)
     layers, _ = timm_vit.find_layers(model)
-    planned = plan_weight_bytes(model, layers, structures(units, mask, BLOCK), BLOCK)
+    planned = plan_weight_bytes(model, layers, structures(units, mask, BLOCK))
     realised = copy.deepcopy(model)
     realise_(realised, units, mask)
     assert planned == state_bytes(realised) == weight_bytes(realised)
@@ -55,13 +55,16 @@ def test_ragged_tiles_and_whole_grids() -> None:
     model = MODELS["vit"]()
     mlp = timm_vit.find_layers(model)[0][1]
     whole = layer_weight_bytes(model, mlp, Structure(neurons=192))
-    keep = Structure(weights={"blocks.0.mlp.fc1": 2 * 64 * 64})
-    cut = layer_weight_bytes(model, mlp, keep, (64, 64))
+    tiles = {"blocks.0.mlp.fc1": (64, 64)}
+    keep = Structure(weights={"blocks.0.mlp.fc1": 2 * 64 * 64}, tiles=tiles)
+    cut = layer_weight_bytes(model, mlp, keep)
     assert cut - whole == 4 * (2 * 64 * 64 - 192 * 48) + 4 * (3 + 4 + 3)
-    every = Structure(weights={"blocks.0.mlp.fc1": 3 * 64 * 64})
-    assert layer_weight_bytes(model, mlp, every, (64, 64)) == whole
-    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1: expected whole tiles"):
-        layer_weight_bytes(model, mlp, Structure(weights={"blocks.0.mlp.fc1": 5}), (64, 64))
+    every = Structure(weights={"blocks.0.mlp.fc1": 3 * 64 * 64}, tiles=tiles)
+    assert layer_weight_bytes(model, mlp, every) == whole
+    dense = Structure(weights={"blocks.0.mlp.fc1": 192 * 48}, tiles={})  # no whole number of tiles
+    assert layer_weight_bytes(model, mlp, dense) == whole
+    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.fc1: expected 0 to 3 whole tiles"):
+        layer_weight_bytes(model, mlp, Structure(weights={"blocks.0.mlp.fc1": 5}, tiles=tiles))
 
 
 def test_tied_weights_count_once() -> None:
@@ -86,6 +89,6 @@ def test_the_peak_of_activations_is_near_the_measured_one(name: str, kind: str, 
         realised(x)
         measured = peak_memory(lambda: realised(x), realised, (x,), torch.device("cpu"))
     assert isinstance(measured, Memory)
-    estimate = activation_bytes(model, layers, keep, x, block=BLOCK)
+    estimate = activation_bytes(model, layers, keep, x)
     assert estimate == pytest.approx(measured.activation_bytes, rel=TOLERANCE)
     assert weight_bytes(realised) == measured.weight_bytes

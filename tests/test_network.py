@@ -85,6 +85,7 @@ def structures(units: list[Units], mask: Mask, block: tuple[int, int]) -> dict[s
         if unit.kind == "block":
             name = unit.slices[0].param.removesuffix(".weight")
             told.setdefault("weights", {})[name] = kept * block[0] * block[1]
+            told.setdefault("tiles", {})[name] = block
         else:
             told[{"head": "heads", "qk": "qk", "vo": "v", "neuron": "neurons"}[unit.kind]] = kept
     layers = {unit.layer.name: unit.layer for unit in units}
@@ -116,7 +117,7 @@ def test_a_plan_has_the_operations_of_the_model_it_becomes(
     units = timm_vit.find_units(model, None if kind == "all" else (kind,), block=BLOCK)
     mask = some_mask(units, seed=len(name), empty=empty)
     layers, _ = timm_vit.find_layers(model)
-    planned = plan_operations(model, layers, structures(units, mask, BLOCK), images(), block=BLOCK)
+    planned = plan_operations(model, layers, structures(units, mask, BLOCK), images())
     realised = copy.deepcopy(model)
     realise_(realised, units, mask)
     assert sorted(planned) == sorted(operations(realised, images()))
@@ -240,9 +241,10 @@ def test_a_plan_of_layers_the_model_lacks_is_refused() -> None:
 def test_stored_weights_must_be_whole_tiles() -> None:
     model = vit()
     mlp = timm_vit.find_layers(model)[0][1]
-    keep = Structure(weights={"blocks.0.mlp.fc1": 100})
+    keep = Structure(weights={"blocks.0.mlp.fc1": 100}, tiles={"blocks.0.mlp.fc1": BLOCK})
     with pytest.raises(ValueError, match=r"whole tiles of \(16, 32\), got 100"):
-        layer_operations(model, mlp, keep, images=1, tokens=17, dtype="fp32", block=BLOCK)
+        layer_operations(model, mlp, keep, images=1, tokens=17, dtype="fp32")
+    keep = Structure(weights={"blocks.0.mlp.fc1": 100})
     with pytest.raises(ValueError, match="block of its tiles"):
         layer_operations(model, mlp, keep, images=1, tokens=17, dtype="fp32")
 
@@ -251,8 +253,9 @@ def test_a_linear_the_plan_does_not_cut_stays_dense() -> None:
     """fc2 is 48 x 192, which (64, 64) tiles do not divide: its grid is larger than itself."""
     model = vit()
     mlp = timm_vit.find_layers(model)[0][1]
-    keep = Structure(weights={"blocks.0.mlp.fc1": 2 * 64 * 64})
-    ops = layer_operations(model, mlp, keep, images=1, tokens=17, dtype="fp32", block=(64, 64))
+    name = "blocks.0.mlp.fc1"
+    keep = Structure(weights={name: 2 * 64 * 64}, tiles={name: (64, 64)})
+    ops = layer_operations(model, mlp, keep, images=1, tokens=17, dtype="fp32")
     assert Op("linear", (17, 48, 192), "fp32") in ops
     assert Op.tiles((17, 192, 48), "fp32", (64, 64), 2) in ops
 

@@ -196,7 +196,7 @@ def test_a_device_is_refused_because_these_budgets_need_none() -> None:
     model = vit()
     before = state(model)
     with pytest.raises(
-        ValueError, match=r"device='cuda:0': budgets macs and params need no device"
+        ValueError, match=r"device='cuda:0': budgets macs, params and memory need no device"
     ):
         prune(model, images(), Budget(macs=0.6), device="cuda:0")
     assert same(state(model), before)

@@ -72,7 +72,7 @@ def main() -> None:
     task = imagenet.load(options.calibration, options.seed)
     dense, batches = task.model, task.calibration
     x = timed_images(batches, BATCH)
-    terms = contract(dense, Budget(latency=0.5), options.device, x, (32, 32))
+    terms = contract(dense, Budget(latency=0.5), options.device, x)
     assert terms is not None
     if terms.dense is None:
         raise SystemExit(f"vit-contract: {terms.notes[0]}")

@@ -1,0 +1,122 @@
+"""The choices of a linear under blocks: its tiles at up to 64 densities, in each size there is a curve for.
+
+A layer that may also be cut by whole units takes one or the other: for it the tiles of its linears are
+combined into the few combinations that a price of the limit can pick, the lower convex hull.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from math import inf
+
+from torch import nn
+
+from hwprune.cost import Structure
+from hwprune.distortion import Curve
+from hwprune.option import Option
+from hwprune.units import get_linear
+
+_LEVELS = 64  # densities of one linear in one tile size
+
+
+def block_groups(
+    model: nn.Module, curves: Sequence[Curve], gain: Mapping[str, float], tokens: int
+) -> list[list[Option]]:
+    """One group a linear: dense, or some of its tiles in one of the sizes. Costs are of the linear alone.
+
+    Args:
+        model: dense.
+        curves: of the kind block, of one layer; one a linear and tile size.
+        gain: kind -> factor on the curves of that kind.
+        tokens: of an image in this layer.
+    """
+    sizes: dict[str, list[Curve]] = {}
+    for curve in curves:
+        sizes.setdefault(curve.units.slices[0].param.removesuffix(".weight"), []).append(curve)
+    return [_of_linear(model, name, found, gain, tokens) for name, found in sizes.items()]
+
+
+def _of_linear(
+    model: nn.Module, name: str, curves: Sequence[Curve], gain: Mapping[str, float], tokens: int
+) -> list[Option]:
+    whole = get_linear(model, name).weight.numel()
+    every = {curve.units.name: curve.units.count for curve in curves}
+    options = []
+    for curve in curves:
+        tile, count = curve.units.slices[0].tile, curve.units.count
+        assert tile is not None
+        for kept in range(0, count, max(1, count // _LEVELS)):
+            stored = kept * tile[0] * tile[1]
+            if (
+                stored > whole
+            ):  # border tiles are stored whole: the last few cost more than the dense weight
+                continue
+            structure = Structure(weights={name: stored}, tiles={name: tile})
+            keep = {**every, curve.units.name: kept}
+            loss = float(curve.distortion[count - kept]) * gain.get("block", 1.0)
+            options.append(Option(structure, keep, loss, float(tokens * stored), float(stored)))
+    dense = Structure(weights={name: whole}, tiles={})
+    options.append(Option(dense, every, 0.0, float(tokens * whole), float(whole)))
+    return options
+
+
+def combined(
+    per_linear: Sequence[Sequence[Option]],
+    dense: Option,
+    prices: Sequence[Callable[[Option], float]],
+) -> list[Option]:
+    """Block options of a whole layer: what a price of one cost picks in each linear, for every such price.
+
+    Args:
+        per_linear: options of each linear, dense the last of each.
+        dense: the layer as it is, with its costs and the keep of its whole units.
+        prices: the costs that may be limited.
+    """
+    found: dict[tuple[int, ...], list[Option]] = {}
+    for price in prices:
+        slopes = {0.0}
+        for group in per_linear:
+            ranked = sorted(group, key=lambda option: (price(option), option.distortion))
+            for a, b in pairwise(ranked):
+                if price(b) > price(a):
+                    slopes.add(max(0.0, (a.distortion - b.distortion) / (price(b) - price(a))))
+        for slope in slopes:
+            chosen = [_cheapest(group, slope, price) for group in per_linear]
+            found[tuple(map(id, chosen))] = chosen
+    return [_together(chosen, per_linear, dense) for chosen in found.values()]
+
+
+def _cheapest(group: Sequence[Option], slope: float, price: Callable[[Option], float]) -> Option:
+    """The option a Lagrangian with this price picks."""
+    return min(group, key=lambda option: option.distortion + slope * price(option))
+
+
+def _together(
+    chosen: Sequence[Option], per_linear: Sequence[Sequence[Option]], dense: Option
+) -> Option:
+    """One option of the layer from one of each linear; what they cost more or less than dense adds up."""
+    weights: dict[str, int] = {}
+    tiles: dict[str, tuple[int, int]] = {}
+    keep = dict(dense.keep)
+    for option in chosen:
+        weights.update(option.structure.weights or {})
+        tiles.update(option.structure.tiles or {})
+        keep.update(option.keep)
+    costs = {}
+    for name in ("macs", "params", "latency_s", "energy_j", "weight_bytes"):
+        whole = getattr(dense, name)
+        more = [
+            getattr(option, name) - getattr(group[-1], name)
+            for option, group in zip(chosen, per_linear, strict=True)
+        ]
+        costs[name] = whole + sum(more) if whole < inf else inf  # no energy figures
+    loss = sum(option.distortion for option in chosen)
+    return replace(
+        dense,
+        structure=Structure(weights=weights, tiles=tiles),
+        keep=keep,
+        distortion=loss,
+        **costs,
+    )

@@ -129,7 +129,7 @@ def prune_diffusion(
         str | None,
         typer.Option(
             metavar="KIND,...",
-            help="Of head,neuron,depth; without it, not depth",
+            help="Of head,neuron,depth,modulation; without it, head,neuron",
             show_default=False,
         ),
     ] = None,
@@ -214,7 +214,12 @@ def prune_diffusion(
         opened.whole.to(_place(device))
         bars("open the model", 1, 1)
         conditions = conditions_of(
-            opened.whole, asked, steps=steps, scheduler=opened.scheduler, guidance=guidance
+            opened.whole,
+            asked,
+            steps=steps,
+            scheduler=opened.scheduler,
+            guidance=guidance,
+            cache=keep,
         )
         pictures = Sampled(opened, conditions, seed=seed, batch=max(1, batch))
         opened.pipeline = (
@@ -239,6 +244,7 @@ def prune_diffusion(
             offload=offload,
             progress=bars,
             watch=bars.learned,
+            preview=lambda gating, kept: pictures.preview(gating, kept, keep / "samples.png"),
         )
         bars("save", 0, 1)
         shown = save_diffusion(opened, out, force=force, pictures=pictures)

@@ -24,7 +24,7 @@ from hwprune.families.denoiser import find_units
 from hwprune.gating import Gating, Layout, gated
 from hwprune.groundwork import FACTORED, Groundwork, groundwork
 from hwprune.guards import frozen_model, others_on_the_cpu, weights_back
-from hwprune.learning import Choice, Task, Watch
+from hwprune.learning import Choice, Preview, Task, Watch
 from hwprune.pruned_config import KEY
 from hwprune.realise import realise_
 from hwprune.report import environment
@@ -58,6 +58,7 @@ def prune_diffusion(
     offload: bool = False,
     progress: StepProgress | None = None,
     watch: Watch | None = None,
+    preview: Preview | None = None,
 ) -> DiffusionReport:
     """Prune a denoiser of diffusers in place, by what its removal does to the final latents.
 
@@ -86,6 +87,7 @@ def prune_diffusion(
         offload: keep the latents of the steps on the CPU.
         progress: called with (step, done, total).
         watch: called after each update with loss, price, share of settled gates and time left.
+        preview: called with the gating and the best mask so far, whenever a better one is found.
 
     Returns:
         DiffusionReport; `settled` is False where time ran out first, with the best mask so far.
@@ -179,6 +181,7 @@ def prune_diffusion(
                     state=_state_file(keeping, sampler, train, *said),
                     watch=watch,
                     repaired=repaired,
+                    preview=preview,
                 )
                 with clock("learn"):
                     choice = choose(task)

@@ -56,6 +56,7 @@ class Progress:
 
 
 Watch: TypeAlias = Callable[[Progress], None]
+Preview: TypeAlias = Callable[[Gating, Tensor], None]  # (gating, keep [N])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ class Task:
         state: file to keep the state in; None = none.
         watch: told after each update.
         repaired: whether the mask that is chosen will be re-fitted.
+        preview: shown each mask that is the best so far, with the gating it is in force by.
     """
 
     sampler: Sampler
@@ -89,6 +91,7 @@ class Task:
     state: Path | None = None
     watch: Watch | None = None
     repaired: bool = False
+    preview: Preview | None = None
 
     def distance(self, keep: Tensor) -> float:
         """Mean squared distance to the dense latents on the check images with a mask in force."""
@@ -224,6 +227,8 @@ class _Learning:
         distance = self.task.distance(keep)
         if self.found is None or distance < self.found[0]:
             self.found = (distance, keep)
+            if self.task.preview is not None:
+                self.task.preview(self.task.gating, keep)
 
     def _progress(self) -> Progress:
         done, gates = self.gates.step, self.gates

@@ -14,9 +14,11 @@ from torch import Tensor
 from hwprune.conditions import Conditions
 from hwprune.denoiser_checkpoint import load_pipeline
 from hwprune.diffusion_folder import DiffusionFolder
+from hwprune.gating import Gating
 from hwprune.teacher import Batch, Sampler, draw
 
 SHOWN = 8
+_FAILURES = (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError)
 
 
 class Sampled:
@@ -37,6 +39,9 @@ class Sampled:
     ) -> None:
         """Draw the dense model's."""
         self.opened, self.whole, self.note = opened, opened.pipeline is not None, ""
+        self.dense: Tensor | None = None
+        self.vae: Any = None
+        self.failed = False
         self.sampler = Sampler(opened.model, conditions)
         self.batches = draw(self.sampler, "held", SHOWN, batch=min(batch, SHOWN), seed=seed)
         labelled = "class_labels" in conditions.inputs[0]
@@ -46,6 +51,10 @@ class Sampled:
             self.note = f"no pictures: {type(opened.pipeline).__name__} takes no first latents"
         else:
             self.dense = self._drawn(self.sampler, opened.pipeline)
+            vae = getattr(opened.pipeline, "vae", None)
+            channels = getattr(getattr(vae, "config", None), "latent_channels", None)
+            if len(conditions.shape) == 3 and conditions.shape[0] == channels:
+                self.vae = vae  # 80 M parameters; the encoders go
 
     def __call__(self, folder: Path, file: Path) -> None:
         """Draw the pruned model's, from its folder where that is a pipeline, and write both."""
@@ -62,11 +71,34 @@ class Sampled:
         if self.dense is not None and pruned is not None:
             side_by_side(self.dense, pruned, names, file)
 
+    @torch.no_grad()
+    def preview(self, gating: Gating, keep: Tensor, file: Path) -> None:
+        """Write what the model draws with a mask in force, beside the dense model's; while it learns.
+
+        Where latents are packed (FLUX) only the pipeline can decode them, and it has been freed.
+        """
+        vae = self.vae
+        if self.failed or self.note or self.dense is None or (self.whole and vae is None):
+            return
+        try:
+            rows = []
+            for batch in self.batches:
+                final = self.sampler.final(batch, gating, keep.float())
+                rows.append(_shown(final if vae is None else _decoded(vae, final)))
+        except _FAILURES:
+            self.failed = True  # not asked for again; hours of learning go on
+            return
+        names = [self.sampler.conditions.names[i] for b in self.batches for i in b.conditions]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_name(f".{file.name}")
+        side_by_side(self.dense, torch.cat(rows), names, fresh)
+        fresh.replace(file)
+
     def _drawn(self, sampler: Sampler, pipeline: Any) -> Tensor | None:
         """Pictures; where they fail, say so: hours of learning are not lost for want of a picture."""
         try:
             return torch.cat([drawn(sampler, batch, pipeline) for batch in self.batches])
-        except (RuntimeError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        except _FAILURES as error:
             said = " ".join(str(error).split())[:160]
             self.note = f"no pictures: {type(error).__name__}: {said}"
             return None
@@ -91,9 +123,20 @@ def drawn(sampler: Sampler, batch: Batch, pipeline: Any = None) -> Tensor:
             return _through(pipeline, words, sampler, batch)
         final = sampler.final(batch)
         if pipeline is not None:
-            vae = pipeline.vae
-            final = vae.decode(final.to(vae.dtype) / vae.config.scaling_factor).sample
-    return (final.float().cpu() / 2 + 0.5).clamp(0, 1).movedim(1, -1)
+            final = _decoded(pipeline.vae, final)
+    return _shown(final)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents, one image at a time: 1024 x 1024 takes some GB."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    return torch.cat([vae.decode(one[None]).sample for one in scaled])
+
+
+def _shown(pixels: Tensor) -> Tensor:
+    """Pixels [B, C, height, width] in [-1, 1] as pictures."""
+    return (pixels.float().cpu() / 2 + 0.5).clamp(0, 1).movedim(1, -1)
 
 
 def _through(pipeline: Any, prompts: list[str], sampler: Sampler, batch: Batch) -> Tensor:

@@ -1,36 +1,52 @@
-"""A budget of a denoiser as one price of its gates: parameters, MACs, or both at once."""
+"""A budget of a denoiser as one price of its gates: parameters, MACs, latency, energy, or several at once."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from hwprune.allocate import Budget, UnreachableBudget
+from hwprune.budget import Budget, UnreachableBudget
 from hwprune.denoiser_cost import DenoiserCost
 from hwprune.gating import Layout
 from hwprune.prices import Price, linear_price
 
 
-def price_of(layout: Layout, cost: DenoiserCost, budget: Budget) -> tuple[Price, float]:
+def price_of(
+    layout: Layout,
+    cost: DenoiserCost,
+    budget: Budget,
+    timed: Mapping[str, tuple[Price, float]] | None = None,
+) -> tuple[Price, float]:
     """What the budget counts, and how much of it is allowed; at least 1 = nothing has to go.
 
+    Args:
+        layout: of the gates.
+        cost: of the dense denoiser.
+        budget: what is asked.
+        timed: latency or energy -> its price, and the dense model's seconds or joules.
+
     Raises:
-        ValueError: a budget that needs a measured device.
+        ValueError: a budget that nothing here counts.
         UnreachableBudget: more than all units would have to go.
     """
-    timed = [name for name in budget.given if name not in ("params", "macs")]
-    if timed:
-        raise ValueError(
-            f"budget {timed[0]}: diffusion models are pruned to params and macs today; measure the result "
-            "with hwprune.measure"
-        )
+    timed = timed or {}
     dense = {"params": float(cost.params), "macs": float(cost.macs)}
+    dense |= {name: whole for name, (_, whole) in timed.items()}
+    strange = [name for name in budget.given if name not in dense]
+    if strange:
+        raise ValueError(
+            f"budget {strange[0]}: diffusion models are pruned to params, macs, latency and energy"
+        )
     shares = {name: limit / dense[name] for name, limit in budget.limits(dense).items()}
     shares = {name: share for name, share in shares.items() if share < 1}
     if not shares:
         return (lambda keep: keep.double().mean()), 1.0
     prices = {
-        name: linear_price(layout, cost, "params" if name == "params" else "macs")
+        name: timed[name][0]
+        if name in timed
+        else linear_price(layout, cost, "params" if name == "params" else "macs")
         for name in shares
     }
     nothing = torch.zeros(layout.count, dtype=torch.float64)

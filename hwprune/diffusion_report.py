@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hwprune.report import promised
+from hwprune.report import promised, ratio_lines
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class DiffusionReport:
         seconds: step -> wall time.
         warnings: what the user should know.
         environment: versions and device.
+        on_device: ratios to the dense model for budgets of latency and energy, of one evaluation, "predicted"
+            and "measured"; empty where none was asked for.
     """
 
     budget: Mapping[str, float]
@@ -46,6 +48,7 @@ class DiffusionReport:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    on_device: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def macs_ratio(self) -> float:
@@ -64,7 +67,9 @@ class DiffusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, with the keys DESIGN promises to scripts."""
-        return promised(asdict(self), self.macs_ratio, self.params_ratio, {})
+        fields = asdict(self)
+        on_device = fields.pop("on_device")
+        return promised(fields, self.macs_ratio, self.params_ratio, on_device)
 
     def __str__(self) -> str:
         """A few lines for a terminal."""
@@ -76,5 +81,6 @@ class DiffusionReport:
             f"params  {dense_params:10.2f} M -> {params:10.2f} M  ({self.params_ratio:.3f})",
             f"final latents are {far['held']:.4g} ± {far['held_se']:.2g} (mean squared) from the dense "
             f"model's on {self.images['held']} held-out images: {far['relative']:.1%} of their variance",
+            *ratio_lines(self.on_device),
         ]
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])

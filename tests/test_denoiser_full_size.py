@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hwprune.denoiser_cost import denoiser_cost, module_macs
+from hwprune.factored import blank_factors_, modulation_linears, most_components
 from hwprune.families.denoiser import find_layers, find_units
 from hwprune.realise import masked, realise_
 from hwprune.units import Mask, Units
@@ -93,6 +94,33 @@ def test_units_and_every_plans_cost_are_exact_at_full_size(
     realise_(model, units, mask)
     assert predicted[1] == sum(p.numel() for p in model.parameters())
     assert predicted[0] == pytest.approx(module_macs(model, lambda: call(model), 1)[""], rel=1e-12)
+
+
+def test_modulation_is_a_quarter_of_flux_and_factors_of_every_rank_cost_what_they_hold() -> None:
+    model = flux()
+    names = modulation_linears(model)
+    held = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
+    total = sum(p.numel() for p in model.parameters())
+    assert len(names) == 2 * 19 + 38 + 1
+    assert held / total == pytest.approx(0.273, abs=5e-4)
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        blank_factors_(model, name, most_components(linear))
+    before = sum(p.numel() for p in model.parameters())
+    assert 0.997 * total < before <= total
+    units = find_units(model, ["modulation"])
+    assert sum(u.count for u in units) == sum(
+        (o * 3072) // (o + 3073) for o in [18432] * 38 + [9216] * 38 + [6144]
+    )
+    cost = denoiser_cost(model, find_layers(model)[0], lambda: call_flux(model), 1)
+    mask = removal(units, 0.1)
+    predicted = cost.of(mask)
+    realise_(model, units, mask)
+    assert predicted[1] == sum(p.numel() for p in model.parameters()) < 0.77 * total
+    assert predicted[0] == pytest.approx(
+        module_macs(model, lambda: call_flux(model), 1)[""], rel=1e-12
+    )
+    assert predicted[0] > 0.9998 * cost.macs  # parameters, not arithmetic
 
 
 def test_a_real_transformer_is_cut_exactly_and_keeps_what_it_learned(shared_data: Path) -> None:

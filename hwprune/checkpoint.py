@@ -42,9 +42,17 @@ from hwprune.spec import (
     model_args,
 )
 from hwprune.spec import CheckpointError as CheckpointError
-from hwprune.timm_base import create, create_empty, pretrained_cfg_of, read_cfg, written_cfg
-from hwprune.timm_base import describe_base as describe_base
-from hwprune.verify import check_structure, check_tensors
+from hwprune.timm_base import (
+    create,
+    create_empty,
+    describe_base,
+    pretrained_cfg_of,
+    read_cfg,
+    written_cfg,
+)
+from hwprune.transformers_base import is_transformers
+from hwprune.transformers_checkpoint import load_transformers, save_transformers
+from hwprune.verify import check_structure, check_tensors, check_tiles, check_types, difference
 
 Format = Literal["pruned", "dense"]
 
@@ -86,10 +94,10 @@ def save(
     """Write a model as a folder that `load`, and timm, open again bit for bit.
 
     Args:
-        model: pruned by `hwprune.prune`, or a dense model from `timm.create_model`; a denoiser of
-            diffusers, pruned or not; or a whole pipeline of diffusers. Unchanged.
+        model: pruned by `hwprune.prune`, or a dense model from `timm.create_model`; a vision encoder of
+            transformers, a denoiser of diffusers, pruned or not; or a whole pipeline of diffusers. Unchanged.
         folder: opens with `load(folder)` and, after `import hwprune`, with
-            `timm.create_model("local-dir:FOLDER", pretrained=True)`, or with diffusers' own
+            `timm.create_model("local-dir:FOLDER", pretrained=True)`, or with its class's own
             `from_pretrained(folder)`.
         format: "pruned" keeps the small layers; "dense" has the original shapes with zeros where
             something was removed, and opens with timm where there is no hwprune.
@@ -109,7 +117,9 @@ def save(
         raise ValueError(f"format: expected 'pruned' or 'dense', got {format!r}")
     if is_denoiser(model) or is_pipeline(model):
         if format == "dense":
-            raise ValueError("format='dense' is for timm models; save a diffusion model as it is")
+            raise ValueError(
+                "format='dense' is for images' models; save a diffusion model as it is"
+            )
         if is_pipeline(model):
             save_pipeline(model, Path(folder), force=force)
         else:
@@ -119,6 +129,16 @@ def save(
         return
     if getattr(model, "hwprune_routed", False):
         raise ValueError("route_ made this model ready for one device; save before route_")
+    if is_transformers(model):
+        save_transformers(
+            model,
+            Path(folder),
+            dense=format == "dense",
+            force=force,
+            card=card,
+            max_shard_bytes=max_shard_bytes,
+        )
+        return
     spec = _spec_of(model)
     state: Mapping[str, Tensor] = model.state_dict()
     widened = format == "dense" and bool(spec["shape"])
@@ -165,7 +185,7 @@ def save(
 def load(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Open a folder written by `save`, in either format, or by diffusers' `save_pretrained`.
+    """Open a folder written by `save`, in either format, or by `save_pretrained` of diffusers or transformers.
 
     Args:
         folder: the folder; one with `model_index.json` is a pipeline.
@@ -173,7 +193,8 @@ def load(
         dtype: of its floating-point tensors; None = as saved.
 
     Returns:
-        The model in eval mode, with `hwprune_spec`; a pipeline for a pipeline's folder.
+        The model in eval mode, with `hwprune_spec` unless transformers wrote it; a pipeline for a pipeline's
+        folder.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, mixed from two models, of another
@@ -182,8 +203,11 @@ def load(
     if (Path(folder) / "model_index.json").is_file():
         pipeline: nn.Module = load_pipeline(Path(folder), device, dtype)
         return pipeline
-    if _is_diffusers(Path(folder)):
+    library = library_of(Path(folder))
+    if library == "diffusers":
         return load_denoiser(Path(folder), device, dtype)
+    if library == "transformers":
+        return load_transformers(Path(folder), device, dtype)
     found = read_folder(folder)
     model = empty_model(found)
     fill_(model, found, shards.read_tensors(found.stored))
@@ -203,10 +227,10 @@ def read_folder(folder: str | Path) -> Folder:
         hint = f"; a save was cut off: rename {aside} to it" if aside.is_dir() else ""
         raise CheckpointError(f"{path}: no such folder; expected one written by hwprune.save{hint}")
     config = shards.read_json(path / "config.json")
-    if "_class_name" in config:
-        raise CheckpointError(
-            f"{path}: a {str(config['_class_name'])[:80]} of diffusers; open it with hwprune.load"
-        )
+    library = library_of(path)
+    if library != "timm":
+        kind = config.get("_class_name") or config["architectures"]
+        raise CheckpointError(f"{path}: a {str(kind)[:80]} of {library}; open it with hwprune.load")
     exported = "hwprune" not in config and config.get("architecture") == BUILDER
     if "hwprune" not in config and not exported:
         raise CheckpointError(
@@ -245,7 +269,7 @@ def empty_model(found: Folder) -> nn.Module:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: stored.shape for name, stored in found.stored.items()}
     if expected != given:
-        raise CheckpointError(f"{found.path}: {_difference(expected, given)}; save the model again")
+        raise CheckpointError(f"{found.path}: {difference(expected, given)}; save the model again")
     return model
 
 
@@ -271,36 +295,6 @@ def fill_(model: nn.Module, found: Folder, tensors: Mapping[str, Tensor]) -> Non
             value = value.to(next(iter(types)))
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent).register_buffer(key, value, persistent=False)
-
-
-def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse whole numbers where a model has fractions, and the other way round.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    for name, expected in model.state_dict().items():
-        got = tensors[name].dtype if name in tensors else expected.dtype
-        if got != expected.dtype and not (got.is_floating_point and expected.is_floating_point()):
-            raise CheckpointError(f"{name}: expected {expected.dtype} or like it, got {got}")
-
-
-def check_tiles(model: nn.Module) -> None:
-    """Refuse stored tiles that lie outside their weight, twice in one place, or out of order.
-
-    Raises:
-        CheckpointError: naming the layer.
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, BlockSparseLinear):
-            continue
-        try:
-            module.tiles.check()
-        except ValueError as error:
-            raise CheckpointError(
-                f"{name}: its tiles do not fit a weight of {module.out_features} x {module.in_features} "
-                f"({error}); the file is damaged: save the model again"
-            ) from None
 
 
 def adopt(model: nn.Module, spec: Mapping[str, Any]) -> None:
@@ -365,21 +359,17 @@ def _check_tile_sizes(found: Folder) -> None:
             )
 
 
-def _difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """The first tensor that is missing, too much, or of another shape, and how many are."""
-    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
-    if missing:
-        return f"{missing[0]} is missing from the file ({len(missing)} such)"
-    if extra:
-        return f"{extra[0]} is in the file, but the model has no place for it ({len(extra)} such)"
-    names = [name for name in expected if expected[name] != given[name]]
-    first = names[0]
-    return f"{first}: expected {expected[first]}, got {given[first]} ({len(names)} such)"
+def library_of(folder: Path) -> Literal["timm", "diffusers", "transformers"]:
+    """Whose `config.json` lies in a folder; timm's where there is none.
 
-
-def _is_diffusers(folder: Path) -> bool:
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
     path = folder / "config.json"
-    return path.is_file() and "_class_name" in shards.read_json(path)
+    config = shards.read_json(path) if path.is_file() else {}
+    if "_class_name" in config:
+        return "diffusers"
+    return "transformers" if "architectures" in config and "model_type" in config else "timm"
 
 
 def _is_ours(name: str) -> bool:

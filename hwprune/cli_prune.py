@@ -18,7 +18,8 @@ from hwprune.terminal import STDOUT, Steps, check_json, show_report, write_json
 
 DEFAULT_CALIBRATION = 256
 _SAVED = re.compile(
-    r"(config|report|model\.safetensors\.index)\.json|README\.md|report\.html|model[-\w]*\.safetensors"
+    r"(config|preprocessor_config|report|(model|pruned)\.safetensors\.index)\.json|README\.md|report\.html|"
+    r"(model|pruned)[-\w]*\.safetensors"
 )
 
 

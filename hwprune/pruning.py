@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hwprune import families
 from hwprune.allocate import Budget, Plan, offer, select
 from hwprune.analysis import Analysis, StepProgress, analyse, on_device, refuse_pruned, timed
-from hwprune.checkpoint import describe_base
+from hwprune.base_model import describe_base, note_spec
 from hwprune.contract import Contract, contract, timed_images, told
 from hwprune.cost import count_macs
 from hwprune.cutting import cut_, undone_on_failure
@@ -172,11 +172,12 @@ def _finish(
         tuple(tile_rows(analysis.units, job.mask)),
         tuple(curve_rows(analysis.curves, plan.keep)),
     )
-    model.hwprune_spec = {  # type: ignore[assignment]
+    spec = {
         "version": 1,
         "base": job.base,
         "shape": shape,
         "kinds": list(kinds),
         "report": report.to_dict(),
     }
+    note_spec(model, spec)
     return report

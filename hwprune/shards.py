@@ -25,7 +25,7 @@ from torch import Tensor
 from hwprune.spec import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"(?:diffusion_pytorch_)?model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"(?:(?:diffusion_pytorch_)?model|pruned)-\d{5}-of-\d{5}\.safetensors")
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _JSON_LIMIT_BYTES = 64 << 20  # a spec of a thousand layers is 100 kB

@@ -28,6 +28,12 @@ Weighting = Literal["gradient", "uniform"]
 # Part of the token weight that does not follow the gradient. In the last blocks of a ViT only the class
 # token has a gradient: without this, 256 images are 256 samples for 768 neurons, and half of them look free.
 _UNIFORM_SHARE = 0.05
+_FIELDS = (
+    "logits",
+    "image_embeds",
+    "pooler_output",
+    "last_hidden_state",
+)  # of transformers' outputs
 
 
 @dataclass
@@ -133,10 +139,18 @@ class Statistics:
 def model_output(model: nn.Module, x: Tensor) -> Tensor:
     """The model's output as one [B, C] tensor.
 
+    Of what transformers answers with: the logits, else the projected image, else the pooled one, else all
+    tokens side by side.
+
     Raises:
-        ValueError: it is something else, or not finite.
+        ValueError: it is something else.
     """
     out = model(x)
+    if not isinstance(out, Tensor):
+        fields = (getattr(out, name, None) for name in _FIELDS)
+        out = next((field for field in fields if isinstance(field, Tensor)), out)
+        if isinstance(out, Tensor) and out.dim() == 3:
+            out = out.flatten(1)
     if not isinstance(out, Tensor) or out.dim() != 2:
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"model output: expected logits or features [B, C], got {got}")
@@ -144,7 +158,9 @@ def model_output(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether the outputs are logits (timm: num_classes > 0)."""
+    """Whether the outputs are logits (timm: num_classes > 0; transformers: a class with num_labels > 0)."""
+    if hasattr(model, "main_input_name"):  # every model of transformers has it, and no other
+        return int(getattr(model, "num_labels", 0)) > 0
     return int(getattr(model, "num_classes", 1) or 0) > 0
 
 

@@ -1,12 +1,14 @@
-"""Whether a model opened from a file is the model that was saved: tensors bit for bit, then structure."""
+"""Whether what a file holds fits a model, and whether the model opened from it is the one that was saved."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hwprune.layers import BlockSparseLinear
 from hwprune.spec import CheckpointError
 
 _TRAINING_ONLY = ("Dropout", "DropPath", "PatchDropout", "Identity")  # no part of the function
@@ -22,6 +24,48 @@ _TOLD = (
     ),  # timm's
     *("heads", "inner_dim", "inner_kv_dim", "mlp_hidden_dim"),  # diffusers'
 )
+
+
+def difference(expected: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The first tensor that is missing, too much, or of another shape, and how many are."""
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing:
+        return f"{missing[0]} is missing from the file ({len(missing)} such)"
+    if extra:
+        return f"{extra[0]} is in the file, but the model has no place for it ({len(extra)} such)"
+    names = [name for name in expected if expected[name] != given[name]]
+    first = names[0]
+    return f"{first}: expected {expected[first]}, got {given[first]} ({len(names)} such)"
+
+
+def check_types(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse whole numbers where a model has fractions, and the other way round.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, expected in model.state_dict().items():
+        got = tensors[name].dtype if name in tensors else expected.dtype
+        if got != expected.dtype and not (got.is_floating_point and expected.is_floating_point()):
+            raise CheckpointError(f"{name}: expected {expected.dtype} or like it, got {got}")
+
+
+def check_tiles(model: nn.Module) -> None:
+    """Refuse stored tiles that lie outside their weight, twice in one place, or out of order.
+
+    Raises:
+        CheckpointError: naming the layer.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, BlockSparseLinear):
+            continue
+        try:
+            module.tiles.check()
+        except ValueError as error:
+            raise CheckpointError(
+                f"{name}: its tiles do not fit a weight of {module.out_features} x {module.in_features} "
+                f"({error}); the file is damaged: save the model again"
+            ) from None
 
 
 def check_tensors(again: nn.Module, tensors: Mapping[str, Tensor]) -> None:

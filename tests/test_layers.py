@@ -20,6 +20,7 @@ LAYERS = (
     (
         "layers",
         "window_attention",
+        "transformers_attention",
         "obs",
         "ops",
         "profile_ops",
@@ -41,7 +42,16 @@ LAYERS = (
         "knapsack",
         "lagrange",
     ),
-    ("families", "cost", "statistics", "rotate", "timm_base", "trajectory", "denoiser_cost"),
+    (
+        "families",
+        "cost",
+        "statistics",
+        "rotate",
+        "timm_base",
+        "transformers_base",
+        "trajectory",
+        "denoiser_cost",
+    ),
     (
         "operations",
         "denoiser_operations",
@@ -68,6 +78,8 @@ LAYERS = (
     ),
     (
         "checkpoint",
+        "transformers_checkpoint",
+        "base_model",
         "denoiser_checkpoint",
         "shards",
         "card",

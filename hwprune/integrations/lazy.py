@@ -1,4 +1,4 @@
-"""Register with timm and diffusers when they are imported, whoever imports them, importing neither.
+"""Register with timm, diffusers and transformers when they are imported, whoever does, importing none.
 
 Until then one finder for each waits at the front of `sys.meta_path`. It wraps the loading of one module
 alone, and is gone once that has run. Where the package is never imported, or absent, nothing happens.
@@ -31,10 +31,17 @@ def _register_diffusers() -> None:
     register()
 
 
+def _register_transformers() -> None:
+    from hwprune.integrations.transformers_models import register
+
+    register()
+
+
 # The module after which a package can be registered with, and how.
 _HOOKS: tuple[tuple[str, Callable[[], None]], ...] = (
     ("timm.models", _register_timm),
     ("diffusers.models.modeling_utils", _register_diffusers),
+    ("transformers.quantizers.auto", _register_transformers),
 )
 
 

@@ -18,8 +18,6 @@ from hwprune import families, shards
 from hwprune.checkpoint import (
     Folder,
     adopt,
-    check_tiles,
-    check_types,
     empty_model,
     read_folder,
 )
@@ -33,6 +31,7 @@ from hwprune.spec import (
     jsonable,
 )
 from hwprune.timm_base import lasting_args
+from hwprune.verify import check_tiles, check_types
 
 
 def register() -> None:

@@ -36,9 +36,7 @@ def price_of(
     dense |= {name: whole for name, (_, whole) in timed.items()}
     strange = [name for name in budget.given if name not in dense]
     if strange:
-        raise ValueError(
-            f"budget {strange[0]}: diffusion models are pruned to params, macs, latency and energy"
-        )
+        raise ValueError(f"budget {strange[0]}: expected one of {', '.join(dense)}")
     shares = {name: limit / dense[name] for name, limit in budget.limits(dense).items()}
     shares = {name: share for name, share in shares.items() if share < 1}
     if not shares:

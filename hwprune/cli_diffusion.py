@@ -19,7 +19,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hwprune.cli_report import add_page
 from hwprune.exits import BAD_INPUT, OUT_OF_REACH, plainly, say
-from hwprune.terminal import STDOUT, check_json, figure, show, show_next, write_json
+from hwprune.terminal import (
+    STDOUT,
+    check_json,
+    figure,
+    on_device_lines,
+    show,
+    show_next,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +116,8 @@ def prune_diffusion(
         list[str],
         typer.Option(
             metavar="WHAT=HOW MUCH",
-            help="params=0.8 (of the dense denoiser), macs=0.7; several hold at once",
+            help="params=0.8 (of the dense denoiser), macs=0.7, latency=0.8, energy=0.8 (of an evaluation); "
+            "several hold at once",
             show_default=False,
         ),
     ],
@@ -152,6 +161,15 @@ def prune_diffusion(
         str | None,
         typer.Option(
             metavar="DEVICE", help="cuda:0 or cpu; without it, a GPU if any", show_default=False
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Of the device latency and energy are meant on: a name of hwprune devices or a file; without "
+            "it, this machine's",
+            show_default=False,
         ),
     ] = None,
     dtype: Annotated[
@@ -232,6 +250,7 @@ def prune_diffusion(
             conditions,
             limits,
             steps=steps,
+            profile=profile,
             method=method.value,
             kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
             repair=False if no_repair else None,
@@ -358,6 +377,7 @@ def _show(found: Mapping[str, Any], note: str, why: str) -> None:
         f"distance of final latents to the dense model's: {far['held']:.4g} ± {far['held_se']:.2g} (mean "
         f"squared, {far['relative']:.1%} of their variance) on {counts['held']} held-out images; before "
         f"repair {far['unrepaired']:.4g}, after it {far['check']:.4g} on {counts['check']} others",
+        *on_device_lines(found),
         f"method {found['method']}, {found['learning']['updates']} updates, {found['sampling']['steps']} "
         f"steps of {found['sampling']['solver']}, guidance {found['sampling']['guidance']:g}",
         f"time: {found['seconds']:.1f} s ({took})",

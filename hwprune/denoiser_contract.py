@@ -121,9 +121,15 @@ def denoiser_contract(
         profile: its name or file; None = that of this very machine.
 
     Raises:
-        ValueError: no profile, one that cannot price this model, or one for a budget that needs none.
+        ValueError: a budget that denoisers do not have; no profile, one that cannot price this model, or one
+            for a budget that needs none.
     """
     asked = [metric for metric in budget.given if metric in ON_A_DEVICE]
+    strange = [metric for metric in budget.given if metric not in ("macs", "params", *ON_A_DEVICE)]
+    if strange:
+        raise ValueError(
+            f"budget {strange[0]}: diffusion models are pruned to params, macs, latency and energy"
+        )
     if not asked:
         if profile is not None:
             raise ValueError(

@@ -148,7 +148,7 @@ def figure(value: float, like: float | None = None) -> str:
     return f"{value:.0f}"
 
 
-def _on_device(report: Mapping[str, Any]) -> list[str]:
+def on_device_lines(report: Mapping[str, Any]) -> list[str]:
     """A line a metric of the device: what was measured, what was predicted."""
     lines = []
     for metric in ("latency", "energy", "memory"):
@@ -176,7 +176,7 @@ def show_report(report: Mapping[str, Any], next_step: str, *notes: str) -> None:
     after = [
         f"distortion: {loss['measured']:.4g} {loss['unit']} on {report['calibration']['images']} "
         f"calibration images (predicted {loss['predicted']:.4g})",
-        *_on_device(report),
+        *on_device_lines(report),
         f"time: {report['seconds']:.1f} s ({took})",
         *(f"warning: {warning}" for warning in report["warnings"]),
         *(f"note: {note}" for note in notes if note),

@@ -202,7 +202,7 @@ def test_gates_that_do_not_settle_are_exit_3_and_the_best_is_kept(
     ("words", "code", "pieces"),
     [
         (("--budget", "params=0.1"), 3, ("params=0.100 is out of reach",)),
-        (("--budget", "latency=0.5"), 2, ("budget latency", "params and macs")),
+        (("--budget", "memory=0.5"), 2, ("budget memory", "params, macs, latency and energy")),
         (("--budget", "size=1"), 2, ("size=1",)),
         (("--labels", "3-1"), 2, ("--labels", "0-9 or 1,3,5-7", "'3-1'")),
         (("--labels", "a"), 2, ("--labels", "'a'")),
@@ -341,7 +341,7 @@ def test_nan_and_a_full_gpu_are_one_line(
 def test_flags_are_the_agreed_ones() -> None:
     agreed = (
         "--budget --out --prompts --labels --steps --method --kinds --guidance --updates --minutes --images "
-        "--batch --device --dtype --checkpointing --offload --work --no-repair --seed --force --json"
+        "--batch --device --profile --dtype --checkpointing --offload --work --no-repair --seed --force --json"
     )
     command: Any = typer.main.get_command(app)
     found = command.commands["prune-diffusion"].params

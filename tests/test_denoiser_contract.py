@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 import hwprune
 from hwprune import denoiser_contract as contract_
 from hwprune import denoiser_proof as proof_
+from hwprune.cli import main
 from hwprune.denoiser_operations import evaluation_operations
 from hwprune.gating import Layout
 from hwprune.meter.estimate import Estimate, Unavailable
@@ -333,3 +335,61 @@ def test_kept_units_come_before_the_others_and_each_by_worth() -> None:
     keep = torch.tensor([True, False, True, False])
     wanted = torch.tensor([1.0, 9.0, 2.0, 3.0])
     assert proof_.ordered(keep, wanted).tolist() == [2, 0, 1, 3]
+
+
+def ran(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `hwprune prune-diffusion` on a folder of a tiny DiT."""
+    if not folder.exists():
+        hwprune.save(tiny_dit(), folder / "transformer")
+        flow().save_pretrained(folder / "scheduler")
+    quick = (
+        "--steps",
+        "2",
+        "--updates",
+        "8",
+        "--images",
+        "4",
+        "--device",
+        "cpu",
+        "--labels",
+        "0-3",
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["prune-diffusion", str(folder), *quick, "--out", f"{folder}-out", *words])
+    assert isinstance(ended.value.code, int)
+    return (ended.value.code, *capsys.readouterr())
+
+
+def test_the_command_tells_what_was_measured_and_predicted(
+    here: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    words = ("--budget", "latency=0.8", "--profile", "FAKE", "--json", str(file))
+    code, out, err = ran(capsys, tmp_path / "dit", *words)
+    assert (code, err) == (0, "")
+    found = json.loads(file.read_text())
+    ratio = found["measured"]["latency_ratio"]["value"]
+    assert ratio <= 0.8 and found["budget"] == {"latency": 0.8}
+    assert f"latency, of dense: {ratio:.3f}" in out and "measured" in out and "predicted" in out
+    written = json.loads((tmp_path / "dit-out" / "report.json").read_text())
+    assert written["measured"] == found["measured"]
+
+
+def test_the_command_ends_with_3_where_the_budget_cannot_be_kept(
+    here: Machine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    here.next = [0.8, *([0.95] * proof_.ATTEMPTS)]
+    words = ("--budget", "latency=0.9", "--profile", "FAKE")
+    code, out, err = ran(capsys, tmp_path / "dit", *words)
+    assert (code, out) == (3, "") and err.count("\n") == 1
+    assert "none keeps the budget on this machine" in err and not (tmp_path / "dit-out").exists()
+
+
+def test_the_command_refuses_a_profile_for_a_budget_that_needs_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = ran(capsys, tmp_path / "dit", "--budget", "params=0.8", "--profile", "FAKE")
+    assert code == 2 and "budgets macs and params need no device profile" in err
+    code, _, err = ran(capsys, tmp_path / "dit", "--budget", "memory=0.8")
+    assert code == 2 and "diffusion models are pruned to params, macs, latency and energy" in err

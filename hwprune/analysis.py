@@ -5,16 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
-from hwprune import families
 from hwprune.cost import ModelCost, model_cost
 from hwprune.distortion import Curve, curves
+from hwprune.lpvit import Scored
+from hwprune.lpvit_plan import KINDS as LPVIT_KINDS
+from hwprune.lpvit_plan import check_lpvit, score
 from hwprune.statistics import Statistics, calibrate
+from hwprune.tiling import find_units
 from hwprune.units import Units, layers_of
 
+Objective = Literal["second-order", "lpvit"]
+_HELD_OUT = 4  # every 4th image
+OBJECTIVES: tuple[Objective, ...] = ("second-order", "lpvit")
 StepProgress = Callable[[str, int, int], None]  # (step, done, total)
 
 
@@ -29,6 +37,9 @@ class Analysis:
         cost: dense cost and tokens.
         gain: kind -> factor on its curves.
         seconds: step -> wall time.
+        lpvit: what LPViT found, where blocks are to be chosen by it; there are no curves then.
+        factors: units name -> a further factor on its curve, found by refining another budget.
+        held_out: images that nothing above has seen, to try plans on; empty where none were kept back.
     """
 
     units: Sequence[Units]
@@ -37,6 +48,14 @@ class Analysis:
     cost: ModelCost
     gain: dict[str, float]
     seconds: dict[str, float]
+    lpvit: Scored | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
+    held_out: tuple[Tensor, ...] = ()
+
+    @property
+    def objective(self) -> Objective:
+        """What blocks are chosen by."""
+        return "second-order" if self.lpvit is None else "lpvit"
 
 
 @contextmanager
@@ -79,7 +98,10 @@ def analyse(
     *,
     kinds: Sequence[str] | None = None,
     block: tuple[int, int] = (32, 32),
+    tiles: Sequence[tuple[int, int]] = (),
+    objective: Objective = "second-order",
     seed: int = 0,
+    hold_out: bool = False,
     progress: StepProgress | None = None,
 ) -> Analysis:
     """Calibrate a dense model and price the removal of every unit.
@@ -89,11 +111,15 @@ def analyse(
         batches: calibration images [B, 3, height, width], label-free.
         kinds: unit kinds; None = all structured kinds the model allows.
         block: tile size for the kind block.
+        tiles: tile sizes of the kind block to offer side by side, in place of `block`; they are offered beside
+            `kinds`.
+        objective: "second-order", or "lpvit": the kind block alone, chosen as LPViT's paper does.
         seed: of the gradient probe.
+        hold_out: keep every fourth image back, for `refine` to try plans on.
         progress: called with (step, done, total).
 
     Raises:
-        ValueError: see `find_units` and `calibrate`.
+        ValueError: an unknown objective; see `find_units` and `calibrate`.
     """
     seconds: dict[str, float] = {}
 
@@ -103,11 +129,40 @@ def analyse(
         return lambda done, total: progress(step, done, total)
 
     refuse_pruned(model)
-    units = families.of(model).find_units(model, kinds, block=block)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective: expected {' or '.join(OBJECTIVES)}, got {objective!r}")
+    if objective == "lpvit":
+        check_lpvit((), kinds)
+        kinds = LPVIT_KINDS
+    units = find_units(model, kinds, block, tiles)
     batches = on_device(model, batches)
+    held_out: list[Tensor] = []
+    if hold_out:
+        batches, held_out = parted(batches)
     with timed(seconds, "calibrate"):
         statistics = calibrate(model, units, batches, seed=seed, progress=report("calibrate"))
     with timed(seconds, "curves"):
-        found = curves(model, units, statistics, progress=report("curves"))
         cost = model_cost(model, layers_of(units), batches[0])
-    return Analysis(units, statistics, found, cost, dict(GAIN), seconds)
+        if objective == "lpvit":
+            scores = score(model, units, batches, block)
+            return Analysis(units, statistics, {}, cost, {}, seconds, scores)
+        found = curves(model, units, statistics, progress=report("curves"))
+    return Analysis(units, statistics, found, cost, dict(GAIN), seconds, held_out=tuple(held_out))
+
+
+def parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every fourth image apart from the others: images often come class by class.
+
+    Args:
+        batches: [B, ...]; with fewer than 8 images none is held out.
+
+    Returns:
+        The others and the held out, in batches of about the size they came in.
+    """
+    images = sum(len(batch) for batch in batches)
+    if images < _HELD_OUT * 2:
+        return list(batches), []
+    size = max(len(batch) for batch in batches)
+    together = torch.cat(list(batches))
+    place = torch.arange(images, device=together.device) % _HELD_OUT == _HELD_OUT - 1
+    return list(together[~place].split(size)), list(together[place].split(size))

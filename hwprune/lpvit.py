@@ -21,6 +21,7 @@ Shapes: N images, J = R * C blocks of a weight [O, I], L layers, D = 101 levels 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,6 +47,106 @@ SMOOTH = 0.5  # of a curve along its levels; published choices, by experiment: .
 STENCIL = 4  # half-width of the derivative, in levels; published choices: 2, 4, 10
 STENCIL_POWER = 10  # the automatic weight of the power term always uses this one
 TOLERANCE = 0.02  # of the FLOPs ratio, as published
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What one calibration pass found, for masks at any number of budgets.
+
+    Attributes:
+        sums: of each layer, by name.
+        block: (output rows, input columns).
+        fidelity: "paper" or "repo".
+        power: whether the published power term counts.
+        true_total: true MACs of the dense model.
+        linear_total: its FLOPs as the method counts them.
+    """
+
+    sums: dict[str, LayerSums]
+    block: Block
+    fidelity: Fidelity
+    power: bool
+    true_total: float
+    linear_total: float
+
+    def masks(
+        self, keep_ratio: float, *, true_macs: bool = False, stored: bool = False
+    ) -> dict[str, Tensor]:
+        """The blocks to keep; arguments, result and errors as of `lpvit_masks`.
+
+        Args:
+            keep_ratio: compute to keep.
+            true_macs: of the model's true MACs.
+            stored: count ragged blocks whole, as `BlockSparseLinear` stores and multiplies them.
+        """
+        if not 0 < keep_ratio <= 1:
+            raise ValueError(f"keep_ratio: expected a number in (0, 1], got {keep_ratio}")
+        sums, block, fidelity = self.sums, self.block, self.fidelity
+        sizes = {n: sum_blocks(torch.ones_like(s.weight), block) for n, s in sums.items()}
+        if keep_ratio == 1:
+            return {n: torch.ones_like(size, dtype=torch.bool) for n, size in sizes.items()}
+        total = self.true_total if true_macs else self.linear_total
+        if stored:
+            sizes = {n: torch.full_like(size, block[0] * block[1]) for n, size in sizes.items()}
+        repo_count = fidelity == "repo" and not true_macs
+        macs = {n: sizes[n] * (s.repo_tokens if repo_count else s.tokens) for n, s in sums.items()}
+        scores = {n: block_scores(s.weight * s.gradient, block) for n, s in sums.items()}
+        orders = {n: score.flatten().argsort(stable=True) for n, score in scores.items()}
+        costs_LD = torch.stack([_cost_curve(macs[n].flatten()[orders[n]]) for n in sums])
+        whole = {n: s.tokens * s.weight.numel() for n, s in sums.items()}
+        fixed = total - (sum(whole.values()) if stored else costs_LD[:, 0].sum().item())
+        last = _last_level(keep_ratio)
+        reachable = (fixed + costs_LD[:, last].sum().item()) / total
+        if keep_ratio < reachable:
+            raise ValueError(
+                f"keep_ratio: expected at least {reachable:.3f}, what is left once {last} % of the "
+                f"blocks of {len(sums)} layers are gone, got {keep_ratio}; ask for more compute or "
+                "name more layers"
+            )
+        curves = [distortion_curve(s, orders[n], block, fidelity) for n, s in sums.items()]
+        slopes_LD, threshold, bounds = tangents(
+            torch.stack(curves), costs_LD, sums, fidelity, self.power
+        )
+        tolerance = 0.0 if true_macs else TOLERANCE
+        levels_L = slope_search(
+            slopes_LD[:, : last + 1],
+            costs_LD / total,
+            fixed / total,
+            keep_ratio,
+            threshold,
+            bounds,
+            tolerance,
+        )
+        if fidelity == "repo":  # it masks by magnitude, whatever it has analysed
+            scores = {n: block_scores(s.weight, block) for n, s in sums.items()}
+        masks = {
+            n: _lowest_removed(scores[n], level)
+            for n, level in zip(sums, levels_L.tolist(), strict=True)
+        }
+        budget = keep_ratio * total - fixed
+        if abs(_kept_macs(masks, macs) - budget) > tolerance * total:
+            _top_up(masks, scores, macs, budget)
+        return masks
+
+
+def scored(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    block: Block = (32, 32),
+    fidelity: Fidelity = "paper",
+    power: bool = True,
+    layers: Sequence[str] | None = None,
+) -> Scored:
+    """The calibration pass of LPViT; arguments and errors as of `lpvit_masks`."""
+    if fidelity not in ("paper", "repo"):
+        raise ValueError(f"fidelity: expected 'paper' or 'repo', got {fidelity!r}")
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block: expected two positive sizes (rows, columns), got {block}")
+    sums = calibrate(model, batches, block_linears(model) if layers is None else layers, block)
+    images = batches[0]
+    linear_total = linear_macs(model, images, repo_count=fidelity == "repo")
+    return Scored(sums, block, fidelity, power, count_macs(model, images[:1]), linear_total)
 
 
 def lpvit_masks(
@@ -85,60 +186,10 @@ def lpvit_masks(
         ValueError: bad arguments, a ratio that cannot be reached (the reachable one is named), or
             non-finite weights or activations (the layer is named).
     """
-    if fidelity not in ("paper", "repo"):
-        raise ValueError(f"fidelity: expected 'paper' or 'repo', got {fidelity!r}")
     if not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio: expected a number in (0, 1], got {keep_ratio}")
-    if len(block) != 2 or min(block) < 1:
-        raise ValueError(f"block: expected two positive sizes (rows, columns), got {block}")
-    sums = calibrate(model, batches, block_linears(model) if layers is None else layers, block)
-    sizes = {n: sum_blocks(torch.ones_like(s.weight), block) for n, s in sums.items()}
-    if keep_ratio == 1:
-        return {n: torch.ones_like(size, dtype=torch.bool) for n, size in sizes.items()}
-
-    repo_count = fidelity == "repo" and not true_macs
-    macs = {n: sizes[n] * (s.repo_tokens if repo_count else s.tokens) for n, s in sums.items()}
-    scores = {n: block_scores(s.weight * s.gradient, block) for n, s in sums.items()}
-    orders = {n: score.flatten().argsort(stable=True) for n, score in scores.items()}
-    costs_LD = torch.stack([_cost_curve(macs[n].flatten()[orders[n]]) for n in sums])
-    images = batches[0]
-    total = (
-        count_macs(model, images[:1])
-        if true_macs
-        else linear_macs(model, images, repo_count=repo_count)
-    )
-    fixed = total - costs_LD[:, 0].sum().item()
-    last = _last_level(keep_ratio)
-    reachable = (fixed + costs_LD[:, last].sum().item()) / total
-    if keep_ratio < reachable:
-        raise ValueError(
-            f"keep_ratio: expected at least {reachable:.3f}, what is left once {last} % of the "
-            f"blocks of {len(sums)} layers are gone, got {keep_ratio}; ask for more compute or "
-            "name more layers"
-        )
-
-    curves = [distortion_curve(s, orders[n], block, fidelity) for n, s in sums.items()]
-    slopes_LD, threshold, bounds = tangents(torch.stack(curves), costs_LD, sums, fidelity, power)
-    tolerance = 0.0 if true_macs else TOLERANCE
-    levels_L = slope_search(
-        slopes_LD[:, : last + 1],
-        costs_LD / total,
-        fixed / total,
-        keep_ratio,
-        threshold,
-        bounds,
-        tolerance,
-    )
-    if fidelity == "repo":  # it masks by magnitude, whatever it has analysed
-        scores = {n: block_scores(s.weight, block) for n, s in sums.items()}
-    masks = {
-        n: _lowest_removed(scores[n], level)
-        for n, level in zip(sums, levels_L.tolist(), strict=True)
-    }
-    budget = keep_ratio * total - fixed
-    if abs(_kept_macs(masks, macs) - budget) > tolerance * total:
-        _top_up(masks, scores, macs, budget)
-    return masks
+    found = scored(model, batches, block=block, fidelity=fidelity, power=power, layers=layers)
+    return found.masks(keep_ratio, true_macs=true_macs)
 
 
 def block_scores(saliency: Tensor, block: Block) -> Tensor:

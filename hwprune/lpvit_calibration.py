@@ -100,6 +100,9 @@ def calibrate(
         with _recorded(model, modules) as calls, torch.enable_grad():
             logits = model(batch.detach().clone().requires_grad_())
             outputs = [_only_output(calls, name) for name in names]
+            split = [n for n in names if len(calls[n][0][0]) != len(batch)]
+            if split and not facts:  # once
+                _check_images_first(calls, split, logits)
             _check_finite(logits, type(model).__name__, "output")
             loss = logits.square().flatten(1).mean(1).sum()  # a sum: images do not mix
             output_grads = torch.autograd.grad(loss, outputs)
@@ -189,6 +192,24 @@ def _recorded(model: nn.Module, modules: dict[str, nn.Linear | nn.Conv2d]) -> It
             handle.remove()
         for module in training:
             module.training = True
+
+
+def _check_images_first(calls: Calls, names: Sequence[str], logits: Tensor) -> None:
+    """Windows of an image may lie one after another, but images must not be interleaved.
+
+    The first image's logits may depend on the first rows alone.
+    """
+    images = len(logits)
+    whole = [n for n in names if len(calls[n][0][0]) % images == 0]
+    outputs = [calls[n][0][1] for n in whole]
+    first = torch.autograd.grad(logits[0].square().sum(), outputs, retain_graph=True)
+    fine = {n: not g[len(g) // images :].any() for n, g in zip(whole, first, strict=True)}
+    for name in names:
+        if not fine.get(name, False):
+            raise ValueError(
+                f"{name}: expected an input with {images} images first, or the windows of each in turn, got "
+                f"{tuple(calls[name][0][0].shape)}; leave it out of `layers`"
+            )
 
 
 def _rows(

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from hwprune import families
-from hwprune.allocate import Budget, Plan, offer, select
-from hwprune.analysis import Analysis, StepProgress, analyse, on_device, refuse_pruned, timed
+from hwprune.analysis import (
+    Analysis,
+    Objective,
+    StepProgress,
+    analyse,
+    on_device,
+    refuse_pruned,
+    timed,
+)
 from hwprune.base_model import describe_base, note_spec
+from hwprune.budget import Budget
 from hwprune.contract import Contract, contract, timed_images, told
 from hwprune.cost import count_macs
 from hwprune.cutting import cut_, undone_on_failure
+from hwprune.lpvit_plan import check_lpvit
+from hwprune.plan import Plan
+from hwprune.planning import Planner
 from hwprune.proof import proven, settle
 from hwprune.realise import Shape, realise_
 from hwprune.report import Report, environment
 from hwprune.report_rows import curve_rows, layer_rows, tile_rows
-from hwprune.units import Mask, full_mask
+from hwprune.tiling import in_use
+from hwprune.units import Mask
 
 __all__ = ["Analysis", "analyse", "prune"]
+
+REFINE = 0  # plans to try
 
 
 def prune(
@@ -32,9 +46,11 @@ def prune(
     *,
     device: str | None = None,
     kinds: Sequence[str] | None = None,
+    objective: Objective = "second-order",
+    refine: int = REFINE,
     repair: bool = True,
     seed: int = 0,
-    block: tuple[int, int] = (32, 32),
+    block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
     analysis: Analysis | None = None,
@@ -49,10 +65,16 @@ def prune(
         device: device profile (name or file) for budgets of latency and energy; None = this machine's own.
             macs and params need none.
         kinds: unit kinds; None = head, neuron, qk, vo, whichever the model allows: at equal MACs they
-            keep more accuracy than blocks (README, results).
+            keep more accuracy than blocks (README, results). Blocks join them where the device's profile
+            says that tiles are faster than as many multiply-accumulates of smaller dense layers.
+        objective: what is least: "second-order", the curves' distortion; or "lpvit": the tiles (kind block)
+            that LPViT's paper keeps at a budget of macs; without repair this is LPViT as published.
+        refine: other plans to try on images, of which the truly best is kept; each costs about a forward pass
+            over a quarter of the images, which the curves then do not see. 0 = take the curves' word.
         repair: re-fit what is kept in closed form.
         seed: of the calibration probe.
-        block: tile size for the kind block.
+        block: tile size for the kind block; None = those sizes that the device's profile says pay, side by
+            side, and 32x32 where there is no profile or none pays.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency or energy is limited.
         analysis: of this same model and these batches, to serve several budgets from one calibration
@@ -67,30 +89,41 @@ def prune(
         ValueError: bad input; the model is unchanged.
     """
     refuse_pruned(model)
+    if objective == "lpvit":
+        check_lpvit([budget], kinds)
+    if refine < 0:
+        raise ValueError(f"refine: expected a number of plans to try, 0 or more, got {refine}")
     base = describe_base(model)  # a model no file could describe is refused before the long work
     batches = on_device(model, batches)
     layers, _ = families.of(model).find_layers(model)
     terms = contract(model, budget, device, timed_images(batches, timed_batch), layers)
+    tries = refine if objective == "second-order" else 0
     analysis = analysis or analyse(
-        model, batches, kinds=kinds, block=block, seed=seed, progress=progress
+        model,
+        batches,
+        kinds=kinds,
+        block=block or (32, 32),
+        tiles=_tiles(terms, kinds, block),
+        objective=objective,
+        seed=seed,
+        hold_out=tries > 0,
+        progress=progress,
     )
-    seconds = dict(analysis.seconds)
-
-    with timed(seconds, "allocate"):
-        choices = offer(
-            model,
-            analysis.curves,
-            analysis.cost,
-            round_to=round_to,
-            gain=analysis.gain,
-            pricer=None if terms is None else terms.pricer,
-            memory=None if terms is None else terms.memory,
+    if analysis.objective != objective:
+        raise ValueError(
+            f"analysis: expected one made with objective={objective!r}, got {analysis.objective!r}; call "
+            f"analyse(..., objective={objective!r})"
         )
+    seconds = dict(analysis.seconds)
+    planner = Planner(model, analysis, budget, terms, round_to=round_to, repair=repair)
+    tried: tuple[Mapping[str, Any], ...] = ()
+    if tries:
+        with timed(seconds, "refine"):
+            tried = planner.refined(batches, tries, seed, progress)
 
     def solve(scale: Mapping[str, float]) -> tuple[Plan, Mask]:
         with timed(seconds, "allocate"):
-            plan = choices.plan(budget, scale=scale)
-            return plan, {**full_mask(analysis.units), **select(analysis.curves, plan)}
+            return planner.solve(scale)
 
     def shaped(mask: Mask) -> nn.Module:
         assert terms is not None and terms.dense is not None
@@ -100,7 +133,11 @@ def prune(
 
     with timed(seconds, "contract"):
         plan, mask = settle(terms, solve, shaped)
-    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms)
+    units, mask = in_use(analysis.units, mask)
+    analysis = replace(
+        analysis, units=units, curves={n: c for n, c in analysis.curves.items() if n in mask}
+    )
+    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms, tried)
     if all(bool(grid.all()) for grid in mask.values()):
         return _finish(model, job, {}, batches, 0.0, None)
     with undone_on_failure(model):
@@ -108,6 +145,14 @@ def prune(
         with timed(seconds, "prove"):
             proof = None if terms is None else proven(model, terms, plan)
         return _finish(model, job, shape, batches, distance, proof)
+
+
+def _tiles(
+    terms: Contract | None, kinds: Sequence[str] | None, block: tuple[int, int] | None
+) -> tuple[tuple[int, int], ...]:
+    """The tile sizes to choose from, beside the kinds."""
+    wanted = block is None and (kinds is None or "block" in kinds)
+    return terms.tiles if wanted and terms is not None else ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +167,7 @@ class _Job:
     seconds: dict[str, float]
     seed: int
     terms: Contract | None
+    tried: tuple[Mapping[str, Any], ...] = ()
 
 
 def _finish(
@@ -171,6 +217,8 @@ def _finish(
         {} if terms is None else told(terms, plan, proof),
         tuple(tile_rows(analysis.units, job.mask)),
         tuple(curve_rows(analysis.curves, plan.keep)),
+        job.tried,
+        analysis.objective,
     )
     spec = {
         "version": 1,

@@ -247,7 +247,7 @@ def _solve(
     return torch.cholesky_solve(target + ridge * prior, factor)
 
 
-def _fit(
+def fit_columns(
     weight_OI: Tensor,
     keep_OI: Tensor,
     cut_cut: Tensor,
@@ -255,7 +255,16 @@ def _fit(
     ridge: float,
     floor: Tensor,
 ) -> Tensor:
-    """Least squares on the entries `keep_OI` marks; rows with the same pattern are solved together."""
+    """Ridge least squares on the entries `keep_OI` marks; rows with the same pattern are solved together.
+
+    Args:
+        weight_OI: dense, float64.
+        keep_OI: bool.
+        cut_cut: [I, I] second moment of the inputs as they will be.
+        cut_full: [I, I] of those with the dense layer's inputs.
+        ridge: towards the dense weights, of the mean diagonal.
+        floor: an input of less variance is rounding.
+    """
     # An input that is rounding explains nothing: without moments the ridge leaves its weights alone.
     signal_I = (cut_cut.diagonal() > floor).to(cut_cut.dtype)
     cut_cut, cut_full = cut_cut * torch.outer(signal_I, signal_I), cut_full * signal_I[:, None]
@@ -284,7 +293,7 @@ def _choose(
     for share in _SHARES:
         own_cut, own_full, _, _ = fit.finish(share, centred)
         for ridge in _RIDGES:
-            fresh = _fit(weight_OI, keep_OI, own_cut, own_full, ridge, fit.rounding())
+            fresh = fit_columns(weight_OI, keep_OI, own_cut, own_full, ridge, fit.rounding())
             # The constant term, the energy of the target, is the same for all candidates.
             error = float(((fresh @ cut_cut) * fresh).sum() - 2 * (fresh * cross_OI).sum())
             best = min(best, (error, share, ridge))
@@ -299,7 +308,7 @@ def _refit_(linear: nn.Linear, keep_OI: Tensor, fit: _Sums, check: _Sums | None)
     share, ridge = _choose(weight_OI, keep_OI, fit, check, centred)
     whole = fit if check is None else fit.plus(check)
     cut_cut, cut_full, mean_cut, mean_full = whole.finish(share, centred)
-    fresh_OI = _fit(weight_OI, keep_OI, cut_cut, cut_full, ridge, whole.rounding())
+    fresh_OI = fit_columns(weight_OI, keep_OI, cut_cut, cut_full, ridge, whole.rounding())
     if linear.bias is not None:
         shift = weight_OI @ mean_full - fresh_OI @ mean_cut
         linear.bias.copy_((linear.bias.double() + shift).to(linear.bias.dtype))

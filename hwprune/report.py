@@ -38,6 +38,9 @@ class Report:
             empty where none was asked for.
         tiles: one row a weight cut by tiles: which are kept.
         curves: one row a curve that the choice was made by, thinned.
+        plans: one row a plan that was tried on images (`hwprune.refine`): predicted and true distortion,
+            whether it won; empty without refinement.
+        objective: what the choice was made by, "second-order" or "lpvit".
     """
 
     budget: Mapping[str, float | str]
@@ -55,6 +58,8 @@ class Report:
     on_device: Mapping[str, Any] = field(default_factory=dict)
     tiles: tuple[Mapping[str, Any], ...] = ()
     curves: tuple[Mapping[str, Any], ...] = ()
+    plans: tuple[Mapping[str, Any], ...] = ()
+    objective: str = "second-order"
 
     @property
     def macs_ratio(self) -> float:

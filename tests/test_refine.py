@@ -1,0 +1,248 @@
+"""Trying plans for real: the quick re-fit against least squares by hand, the search, what a report tells."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hwprune.allocate import Budget, Plan, UnreachableBudget, allocate, select
+from hwprune.analysis import GAIN, Analysis, analyse, parted
+from hwprune.cutting import turn_
+from hwprune.pruning import prune
+from hwprune.realise import zero_
+from hwprune.refine import Factors, factored, refine
+from hwprune.statistics import calibrate
+from hwprune.trial import RIDGE, Trials, hopeless, refit_
+from hwprune.units import Mask, full_mask
+
+timm = pytest.importorskip("timm")
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=5,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def images(count: int = 24, size: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return list(torch.randn(count, 3, 16, 16, generator=generator).split(size))
+
+
+@pytest.fixture(scope="module")
+def analysis() -> Analysis:
+    """Of `vit()` on `images()`, every token counted alike."""
+    model = vit()
+    found = analyse(model, images())
+    uniform = calibrate(model, found.units, images(), weighting="uniform")
+    return replace(found, statistics=uniform)
+
+
+def drop(analysis: Analysis, name: str, kept: int) -> Mask:
+    return {**full_mask(analysis.units), name: analysis.curves[name].kept(kept)}
+
+
+def inputs_of(model: nn.Module, name: str) -> Tensor:
+    """[images * tokens, I], float64."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        model(torch.cat(images()))
+    handle.remove()
+    return seen[0].flatten(0, -2).double()
+
+
+@pytest.mark.parametrize(
+    ("units", "kept", "linear"),
+    [
+        ("blocks.0.mlp:neuron", 40, "blocks.0.mlp.fc2"),
+        ("blocks.1.attn:head", 2, "blocks.1.attn.proj"),
+        ("blocks.1.attn:vo", 3, "blocks.1.attn.proj"),
+    ],
+)
+def test_the_quick_re_fit_is_least_squares_on_the_dense_inputs(
+    analysis: Analysis, units: str, kept: int, linear: str
+) -> None:
+    dense, mask = vit(), drop(analysis, units, kept)
+    turned = copy.deepcopy(dense)
+    turn_(turned, analysis, mask)
+    x_MI, module = inputs_of(turned, linear), turned.get_submodule(linear)
+    weight_OI, bias_O = module.weight.detach().double(), module.bias.detach().double()
+    y_MO = x_MI @ weight_OI.T + bias_O
+    refit_(turned, dense, analysis, mask)
+    kept_I = module.weight.abs().sum(0) > 0
+    assert 0 < int(kept_I.sum()) < len(kept_I)
+    centred_MI = x_MI - x_MI.mean(0)
+    # The ridge as rows of data: sqrt(r) (w - w_dense) = 0, with r of the mean energy of the kept columns.
+    centred_MS = centred_MI[:, kept_I]
+    root = (RIDGE * centred_MS.square().sum(0).mean()).sqrt()
+    a = torch.cat([centred_MS, root * torch.eye(centred_MS.shape[1], dtype=torch.float64)])
+    target = torch.cat([y_MO - y_MO.mean(0), root * weight_OI[:, kept_I].T])
+    expected = torch.linalg.lstsq(a, target).solution.T
+    assert torch.allclose(module.weight[:, kept_I].double(), expected, rtol=1e-3, atol=1e-4)
+    out = x_MI @ module.weight.detach().double().T + module.bias.detach().double()
+    assert torch.allclose(out.mean(0), y_MO.mean(0), atol=1e-4), "the bias takes up the mean"
+
+
+def test_a_trial_measures_the_cut_and_re_fitted_model_and_leaves_the_dense_one(
+    analysis: Analysis,
+) -> None:
+    model = vit()
+    before = copy.deepcopy(model.state_dict())
+    mask = {**drop(analysis, "blocks.0.mlp:neuron", 24), **drop(analysis, "blocks.1.attn:qk", 4)}
+    mask["blocks.0.mlp:neuron"] = analysis.curves["blocks.0.mlp:neuron"].kept(24)
+    found = Trials.of(model, analysis, images()).distortion(mask)
+    trial = copy.deepcopy(model)
+    turn_(trial, analysis, mask)
+    refit_(trial, model, analysis, mask)
+    with torch.no_grad():
+        x = torch.cat(images())
+        log_p, log_q = model(x).double().log_softmax(1), trial(x).double().log_softmax(1)
+    expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    zeroed = copy.deepcopy(model)
+    turn_(zeroed, analysis, mask)
+    zero_(zeroed, analysis.units, mask)
+    with torch.no_grad():
+        log_q = zeroed(x).double().log_softmax(1)
+    assert found.mean() < F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def test_a_mask_that_keeps_everything_costs_nothing(analysis: Analysis) -> None:
+    assert not Trials.of(vit(), analysis, images()).distortion({}).any()
+
+
+def test_a_mask_behind_the_best_one_is_dropped_after_the_first_batch(analysis: Analysis) -> None:
+    trials = Trials.of(vit(), analysis, images())
+    mask = drop(analysis, "blocks.0.mlp:neuron", 8)
+    whole = trials.distortion(mask)
+    assert len(trials.distortion(mask, torch.zeros(24, dtype=torch.float64))) == 8
+    assert torch.equal(trials.distortion(mask, whole), whole), "as good as the best: run to the end"
+    assert not hopeless(torch.tensor([9.0]), torch.zeros(3)), "one image tells nothing"
+
+
+class Made(Trials):
+    """Trials with a made-up truth: neurons cost nothing, everything else what it predicts."""
+
+    def distortion(self, mask: Mask, best_N: Tensor | None = None) -> Tensor:
+        total = 0.0
+        for name, curve in self.analysis.curves.items():
+            if curve.units.kind != "neuron":
+                total += float(curve.distortion[int((~mask[name]).sum())])
+        return torch.full((24,), total, dtype=torch.float64)
+
+
+def made(analysis: Analysis) -> Made:
+    x = images()
+    return Made(vit(), analysis, x, x, True)
+
+
+def test_the_search_finds_what_the_curves_do_not_know(analysis: Analysis) -> None:
+    model, trials = vit(), made(analysis)
+    plans: list[Plan] = []
+
+    def solve(factors: Factors) -> Plan:
+        curves = factored(analysis.curves, factors)
+        plans.append(allocate(model, curves, analysis.cost, Budget(macs=0.6), gain=GAIN))
+        return plans[-1]
+
+    found = refine(trials, solve, lambda plan: plan.distortion, 24)
+    first, best = found.tried[0], found.tried[found.best]
+    assert first.factors == {} and first.plan is plans[0]
+    assert best.true < 0.5 * first.true
+    neurons = [
+        sum(p.keep[n] for n in p.keep if n.endswith(":neuron")) for p in (first.plan, best.plan)
+    ]
+    assert neurons[1] < neurons[0]
+    assert all(plan.macs <= 0.6 * plan.dense_macs * (1 + 1e-9) for plan in plans)
+    assert len({tuple(sorted(one.plan.keep.items())) for one in found.tried}) == len(found.tried)
+    again = refine(trials, solve, lambda plan: plan.distortion, 24)
+    assert again.factors == found.factors
+    assert refine(trials, solve, lambda plan: plan.distortion, 24, seed=1).factors != found.factors
+    warm = refine(trials, solve, lambda plan: plan.distortion, 1, start=found.factors)
+    assert warm.tried[warm.best].true == best.true
+
+
+def test_without_candidates_the_first_plan_stands(analysis: Analysis) -> None:
+    model, trials = vit(), made(analysis)
+
+    def solve(factors: Factors) -> Plan:
+        return allocate(model, factored(analysis.curves, factors), analysis.cost, Budget(macs=0.6))
+
+    found = refine(trials, solve, lambda plan: plan.distortion, 0)
+    assert (len(found.tried), found.best, found.factors) == (1, 0, {})
+    with pytest.raises(UnreachableBudget):
+        refine(
+            trials,
+            lambda f: allocate(model, analysis.curves, analysis.cost, Budget(macs=1e-5)),
+            lambda plan: plan.distortion,
+            3,
+        )
+
+
+def test_prune_tells_what_it_tried_and_which_won() -> None:
+    model = vit()
+    report = prune(model, images(), Budget(macs=0.6), refine=6)
+    rows = report.plans
+    assert 2 <= len(rows) <= 7 and sum(row["won"] for row in rows) == 1
+    (won,) = (row for row in rows if row["won"])
+    assert won["true"] <= rows[0]["true"]
+    assert won["images"] == rows[0]["images"] == 6, "every fourth image"
+    assert report.calibration["images"] == 18
+    assert report.macs == pytest.approx(won["macs"]) and report.macs_ratio <= 0.6
+    assert report.distortion["predicted"] == pytest.approx(won["predicted"])
+    assert report.to_dict()["plans"] == [dict(row) for row in rows]
+    assert "refine" in report.seconds
+
+
+def test_without_refinement_the_plan_is_that_of_the_curves_alone() -> None:
+    found = analyse(vit(), images())
+    plan = allocate(vit(), found.curves, found.cost, Budget(macs=0.6), gain=GAIN)
+    model, again = vit(), vit()
+    report = prune(model, images(), Budget(macs=0.6), refine=0)
+    assert report.plans == () and report.calibration["images"] == 24
+    assert report.distortion["predicted"] == plan.distortion
+    mask = select(found.curves, plan)
+    shape = model.hwprune_spec["shape"]
+    for name, entry in shape.items():
+        if entry["type"] == "mlp":
+            assert entry["neurons"] == int(mask[f"{name}:neuron"].sum())
+    prune(again, images(), Budget(macs=0.6), refine=0, analysis=found)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_nothing_is_tried_where_the_budget_allows_the_dense_model() -> None:
+    model = vit()
+    report = prune(model, images(), Budget(macs=1.0), refine=5)
+    assert report.plans == ()
+    assert all(torch.equal(t, vit().state_dict()[n]) for n, t in model.state_dict().items())
+
+
+def test_images_are_held_out_evenly_and_all_are_there() -> None:
+    fit, held = parted([torch.arange(10.0)[:, None], torch.arange(10.0, 20)[:, None]])
+    assert torch.cat(held).flatten().tolist() == [3, 7, 11, 15, 19]
+    assert sorted(torch.cat([*fit, *held]).flatten().tolist()) == list(range(20))
+    few = [torch.zeros(7, 1)]
+    assert parted(few) == (few, [])
+    with pytest.raises(ValueError, match="refine: expected a number of plans"):
+        prune(vit(), images(), Budget(macs=0.6), refine=-1)

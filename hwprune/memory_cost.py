@@ -62,7 +62,10 @@ def layer_weight_bytes(model: nn.Module, layer: Layer, keep: Structure) -> int:
         if keep.qk == layer.head_dim:
             norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
             values += sum(p.numel() for n in norms if n is not None for p in n.parameters())
-        return values * size
+        for table in layer.tables:
+            values += model.get_parameter(table).numel() // layer.heads * keep.heads
+        index = sum(b.nbytes for b in module.buffers(recurse=False)) if layer.tables else 0
+        return values * size + index
     assert keep.neurons is not None
     if not keep.neurons:
         return out.out_features * size

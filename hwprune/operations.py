@@ -17,19 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hwprune.cost import Structure, dense_structure, input_rows
-from hwprune.layers import BlockSparseLinear, SlimAttention
-from hwprune.ops import NAMES, Op
+from hwprune.layers import BlockSparseLinear
+from hwprune.module_ops import activation, is_attention, op_of, pointwise
+from hwprune.ops import Op
 from hwprune.units import AttentionLayer, Layer, get_linear
-
-# By class name, as timm has GELU classes of its own; the tanh form is costed as the other.
-_POINTWISE = {"GELU": "gelu", "GELUTanh": "gelu", "SiLU": "silu", "Swish": "silu"}
-# By full name: BEiT, SAM and others have an "Attention" with position biases, which is another operation.
-_ATTENTION = (
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.models.vision_transformer.Attention",  # its place before timm 1.0.17
-    "timm.models.eva.EvaAttention",
-)
 
 
 class UncountedModules(ValueError):
@@ -100,7 +91,7 @@ def count_operations(model: nn.Module, x: Tensor, *, partly: bool = False) -> Co
             stack.pop()
             given = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(given, Tensor) and given.numel():
-                found = _op_of(name, module, given, out)
+                found = op_of(name, module, given, out)
                 if found is not None:
                     parts.append((name, found))
 
@@ -164,64 +155,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _embeds_patches(module: nn.Module) -> bool:
-    """A convolution whose windows neither overlap nor leave gaps: a linear over patches."""
-    if not isinstance(module, nn.Conv2d) or module.groups != 1:
-        return False
-    plain = set(module.dilation) == {1} and module.padding in ((0, 0), "valid")
-    return plain and tuple(module.kernel_size) == tuple(module.stride)
-
-
-def _op_of(name: str, module: Any, given: Tensor, out: Any) -> Op | None:
-    """The operation of a module that ran, or None."""
-    if isinstance(module, BlockSparseLinear):
-        if not len(module.values):
-            return None
-        n, k, block = module.out_features, module.in_features, module.block
-        m = given.numel() // k
-        return Op.tiles((m, n, k), _dtype(name, given), (block[0], block[1]), len(module.values))
-    if isinstance(module, nn.Linear):
-        k, n = module.in_features, module.out_features
-        return Op("linear", (given.numel() // k, n, k), _dtype(name, given))
-    if _embeds_patches(module):
-        n, k = module.weight.shape[0], module.weight[0].numel()
-        return Op("linear", (out.numel() // n, n, k), _dtype(name, given))
-    if isinstance(module, SlimAttention) or _is_attention(module):
-        d = getattr(module, "qk_width", None) or module.head_dim
-        e = getattr(module, "v_width", None) or module.head_dim
-        b, t = given.shape[0], given.shape[1]
-        return Op("attention", (b, module.num_heads, t, d, e), _dtype(name, given))
-    kind = _pointwise(module)
-    if kind is None:
-        return None
-    width = given.shape[-1]
-    return Op(kind, (given.numel() // width, width), _dtype(name, given))
-
-
-def _is_attention(module: Any) -> bool:
-    """timm's own attention, over scaled_dot_product_attention, each head with its own keys."""
-    return (
-        f"{type(module).__module__}.{type(module).__qualname__}" in _ATTENTION
-        and bool(getattr(module, "fused_attn", False))
-        and getattr(module, "num_kv_groups", 1) == 1
-    )
-
-
-def _pointwise(module: object) -> str | None:
-    if isinstance(module, nn.LayerNorm):
-        return "layer_norm"
-    return _POINTWISE.get(type(module).__name__)
-
-
-def _dtype(name: str, given: Tensor) -> str:
-    if given.dtype not in NAMES:
-        raise ValueError(
-            f"{name}: expected {', '.join(sorted(NAMES.values()))}, got {given.dtype}, which no profile "
-            "measures"
-        )
-    return NAMES[given.dtype]
 
 
 def layer_operations(
@@ -326,13 +259,14 @@ def _inner(
     m, found = images * tokens, []
     if isinstance(layer, AttentionLayer):
         assert keep.heads and keep.qk and keep.v
-        if not _is_attention(module):
+        if not is_attention(module):
             raise UncountedModules(
                 f"{layer.name}: attention of type {type(module).__name__} is none that a profile measures"
             )
-        found.append(Op("attention", (images, keep.heads, tokens, keep.qk, keep.v), dtype))
+        span = layer.window or tokens
+        found.append(Op("attention", (m // span, keep.heads, span, keep.qk, keep.v), dtype))
         for norm in ("q_norm", "k_norm"):
-            if _pointwise(getattr(module, norm, None)):
+            if pointwise(getattr(module, norm, None)):
                 found.append(Op("layer_norm", (m * keep.heads, keep.qk), dtype))
         wide = keep.heads * keep.v
         gate = getattr(module, "gate", None)
@@ -341,10 +275,10 @@ def _inner(
     else:
         assert keep.neurons
         wide = keep.neurons
-        kind = _pointwise(getattr(module, "act", None))
+        kind = activation(module)
         if kind is not None:
             found.append(Op(kind, (m, wide), dtype))
-    if _pointwise(getattr(module, "norm", None)):
+    if pointwise(getattr(module, "norm", None)):
         found.append(Op("layer_norm", (m, wide), dtype))
     return found
 

@@ -22,6 +22,8 @@ from hwprune.cost import (
 )
 from hwprune.distortion import curves
 from hwprune.families.vision_units import linears_of
+from hwprune.memory_cost import plan_weight_bytes, weight_bytes
+from hwprune.operations import count_operations, layer_operations
 from hwprune.pruning import prune
 from hwprune.realise import masked, realise_, reshape_
 from hwprune.statistics import calibrate, model_output
@@ -214,6 +216,26 @@ def test_the_costs_of_cut_layers_are_what_torch_counts_of_the_realised_example(
     params = [layer_params(dense, y, kept[y.name]) for y in layers]
     assert count_macs(model, x[:1]) == cost.fixed_macs + sum(macs)
     assert sum(p.numel() for p in model.parameters()) == cost.fixed_params + sum(params)
+    assert weight_bytes(model) == plan_weight_bytes(dense, layers, kept)
+
+
+@each_example
+def test_the_operations_of_a_cut_example_are_known_before_it_is_realised(example: str) -> None:
+    module, model, x = opened(example)
+    dense, model, x = opened(example)[1].float(), model.float(), x.float()
+    layers, units = module.find_layers(model)[0], module.find_units(model)
+    mask = random_mask(units)
+    kept = {layer.name: structure(layer, units, mask) for layer in layers}
+    realise_(model, units, mask)
+    found = count_operations(model, x, partly=True).parts
+    for layer in layers:
+        inside = [op for name, op in found if f"{name}.".startswith(f"{layer.name}.")]
+        whole = count_operations(dense, x, partly=True).parts
+        first = next(op for name, op in whole if name.startswith(f"{layer.name}."))
+        ops = layer_operations(
+            dense, layer, kept[layer.name], images=2, tokens=first.shape[0] // 2, dtype="fp32"
+        )
+        assert sorted(map(str, inside)) == sorted(map(str, ops)), layer.name
 
 
 @each_example

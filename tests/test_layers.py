@@ -21,6 +21,7 @@ LAYERS = (
         "layers",
         "window_attention",
         "transformers_attention",
+        "module_ops",
         "obs",
         "ops",
         "profile_ops",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwprune import prompt_cache
 from hwprune.denoisers import Denoiser
 from hwprune.families.denoiser import known_classes
+from hwprune.prompt_inputs import encoded
 
-_ENCODED_AT_ONCE = 8  # prompts; a text encoder of 5 B parameters takes 1 GB of activations for them
 _ONCE = ("img_ids", "txt_ids")  # positions: the same for every image of a batch
-_LATENTS = ("hidden_states", "sample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +35,7 @@ class Conditions:
         guidance: w of eps_u + w (eps_c - eps_u); 1 = none.
         scheduler: of diffusers, its timesteps set.
         shape: of one latent, as the model takes it: [C, H, W] or packed [tokens, C].
+        keep_norm: whether the guided prediction keeps the norm of the conditional one (Qwen-Image).
     """
 
     names: tuple[str, ...]
@@ -46,6 +44,7 @@ class Conditions:
     guidance: float
     scheduler: Any
     shape: tuple[int, ...]
+    keep_norm: bool = False
 
     def denoiser(
         self, model: nn.Module, indices: Sequence[int], device: torch.device, guided: bool = True
@@ -59,6 +58,7 @@ class Conditions:
             given,
             _batched([self.empty[i] for i in indices], device),
             self.guidance,
+            keep_norm=self.keep_norm,
         )
 
     @property
@@ -237,10 +237,6 @@ def conditions_of(
     return label_conditions(denoiser, scheduler, labels, steps=steps, guidance=guidance)
 
 
-class _Captured(Exception):
-    """Raised by the hook once the denoiser's arguments are known."""
-
-
 def prompt_conditions(
     pipeline: Any,
     prompts: Sequence[str] | None,
@@ -273,109 +269,18 @@ def prompt_conditions(
         raise ValueError(f"{type(pipeline).__name__} takes no prompts; give labels")
     if guidance is None and "guidance_scale" in defaults:
         guidance = defaults["guidance_scale"].default
-    inputs: list[Mapping[str, Any]] = []
-    empty: list[Mapping[str, Any]] = []
-    shape: tuple[int, ...] = ()
-    kept = None
-    if (
-        cache is not None
-    ):  # one prompt sets the scheduler, and tells whether the encoders are those of the file
-        first, _, shape = _encoded(pipeline, model, prompts[:1], steps, guidance)
-        kind = f"{type(pipeline).__name__} {type(model).__name__}"
-        kept = prompt_cache.cache_file(cache, kind, prompts, steps, guidance)
-        inputs, empty = prompt_cache.read(kept, first[0]) or (inputs, empty)
-    if not inputs:
-        for start in range(0, len(prompts), _ENCODED_AT_ONCE):
-            some = prompts[start : start + _ENCODED_AT_ONCE]
-            given, without, shape = _encoded(pipeline, model, some, steps, guidance)
-            inputs, empty = [*inputs, *given], [*empty, *without]
-        if kept is not None:
-            prompt_cache.write(kept, inputs, empty)
-    empty = [] if alone else empty
-    weight = float(guidance) if empty and guidance is not None else 1.0
+    found = encoded(pipeline, model, prompts, steps=steps, guidance=guidance, cache=cache)
+    empty = () if alone else found.empty
+    weight = found.weight if empty else 1.0
     return Conditions(
         tuple(prompts),
-        tuple(inputs),
-        tuple(empty) if empty else None,
+        found.inputs,
+        empty or None,
         weight,
         copy.deepcopy(pipeline.scheduler),
-        shape,
+        found.shape,
+        found.keep_norm,
     )
-
-
-def _encoded(
-    pipeline: Any, model: nn.Module, prompts: Sequence[str], steps: int, guidance: float | None
-) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], tuple[int, ...]]:
-    """(inputs of each prompt, those of its empty prompt if there is one, shape of a latent).
-
-    Raises:
-        ValueError: the denoiser is called with something else than one or two latents a prompt.
-    """
-    found = _first_call(pipeline, model, list(prompts), steps, guidance)
-    latent = next(found.pop(key) for key in _LATENTS if key in found)
-    shape = tuple(latent.shape[1:])
-    parts = [_portion(found, i, len(latent)) for i in range(len(latent))]
-    if len(latent) == 2 * len(prompts):  # diffusers puts the empty prompts first
-        return parts[len(prompts) :], parts[: len(prompts)], shape
-    if len(latent) == len(prompts):
-        return parts, [], shape
-    raise ValueError(
-        f"{type(pipeline).__name__} calls its denoiser with {len(latent)} latents for {len(prompts)} "
-        "prompts; expected one or two a prompt, so switch extra guidance (PAG ...) off"
-    )
-
-
-def _first_call(
-    pipeline: Any, model: nn.Module, prompts: list[str], steps: int, guidance: float | None
-) -> dict[str, Any]:
-    """What a pipeline hands its denoiser in the first step, without the time."""
-    found: dict[str, Any] = {}
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-        raise _Captured
-
-    asked: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent"}
-    if guidance is not None:
-        asked["guidance_scale"] = guidance
-    bar = getattr(pipeline, "_progress_bar_config", None)
-    pipeline.set_progress_bar_config(disable=True)
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with torch.no_grad(), suppress(_Captured):
-            pipeline(prompts, generator=torch.Generator().manual_seed(0), **asked)
-    finally:
-        handle.remove()
-        pipeline._progress_bar_config = bar if bar is not None else {}
-    if not any(key in found for key in _LATENTS):
-        raise ValueError(
-            f"{type(pipeline).__name__} did not call its {type(model).__name__} with a latent; hwprune knows "
-            "pipelines that hand it over as hidden_states or sample"
-        )
-    unused = ("timestep", "return_dict")
-    return {
-        key: _detached(value)
-        for key, value in found.items()
-        if key not in unused and value is not None
-    }
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, Mapping):
-        return {key: _detached(item) for key, item in value.items()}
-    return value
-
-
-def _portion(value: Any, index: int, of: int, key: str = "") -> Any:
-    """The part of one image, as a batch of one."""
-    if isinstance(value, Mapping):
-        return {name: _portion(item, index, of, name) for name, item in value.items()}
-    batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == of
-    if key not in _ONCE and (batched or (isinstance(value, list) and len(value) == of)):
-        return value[index : index + 1]
-    return value
 
 
 def _batched(parts: Sequence[Any], device: torch.device, key: str = "") -> Any:

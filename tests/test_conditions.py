@@ -19,7 +19,7 @@ from hwprune.teacher import Sampler, draw
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from fakes.tiny_diffusion import flow, flux, pixart, sd3, sdxl, stable_diffusion, tiny_dit  # noqa: E402
+from fakes.tiny_diffusion import flow, flux, pixart, qwen, sd3, sdxl, stable_diffusion, tiny_dit  # noqa: E402
 
 PROMPTS = ["a cat", "dogs", "x y z"]
 
@@ -76,6 +76,31 @@ def test_prompts_give_the_latents_of_the_pipeline_itself(
     (batch,) = draw(sampler, "train", 3, batch=3)
     pipeline.set_progress_bar_config(disable=True)
     asked: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    expected = pipeline(
+        [PROMPTS[i] for i in batch.conditions],
+        num_inference_steps=3,
+        latents=batch.start / sampler.solver.start_scale,
+        output_type="latent",
+        **asked,
+    ).images
+    with torch.no_grad():
+        got = sampler.final(batch)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert float(expected.std()) > 0.1
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+def test_guidance_by_a_second_call_gives_the_latents_of_the_pipeline_itself(
+    tmp_path: Path, guidance: float | None
+) -> None:
+    pipeline = qwen(tmp_path)
+    found = prompt_conditions(pipeline, PROMPTS, steps=3, guidance=guidance)
+    assert found.guidance == (guidance or 1.0) and found.keep_norm
+    assert (found.empty is None) == (guidance is None)
+    sampler = Sampler(pipeline.transformer.requires_grad_(False), found)
+    (batch,) = draw(sampler, "train", 3, batch=3)
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {} if guidance is None else {"negative_prompt": [" "] * 3, "true_cfg_scale": guidance}
     expected = pipeline(
         [PROMPTS[i] for i in batch.conditions],
         num_inference_steps=3,

@@ -83,6 +83,7 @@ LAYERS = (
         "transformers_checkpoint",
         "base_model",
         "denoiser_checkpoint",
+        "denoiser_folder",
         "shards",
         "card",
         "verify",

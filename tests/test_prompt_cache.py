@@ -23,11 +23,15 @@ PROMPTS = [f"a {chr(97 + i)}" for i in range(11)]
 def counted(pipeline: Any) -> list[int]:
     """How many prompts each call of the text encoder had."""
     calls: list[int] = []
-    pipeline.text_encoder.register_forward_hook(lambda _, args, out: calls.append(len(args[0])))
+
+    def count(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls.append(len(args[0] if args else named["input_ids"]))
+
+    pipeline.text_encoder.register_forward_pre_hook(count, with_kwargs=True)
     return calls
 
 
-@pytest.mark.parametrize("which", ["stable_diffusion", "sdxl", "sd3", "flux", "pixart"])
+@pytest.mark.parametrize("which", ["stable_diffusion", "sdxl", "sd3", "flux", "pixart", "qwen"])
 def test_the_second_run_has_the_same_inputs_and_encodes_one_prompt(
     which: str, tmp_path: Path
 ) -> None:

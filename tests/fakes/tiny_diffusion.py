@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -210,3 +211,39 @@ def pixart(folder: Path) -> Any:
         transformer=transformer.eval(),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
     )
+
+
+class _Letters(nn.Module):
+    """A text encoder of one embedding, called as Qwen2.5-VL is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(54, 12)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def forward(self, input_ids: Any, **_: Any) -> Any:
+        return SimpleNamespace(hidden_states=[self.table(input_ids)])
+
+
+def qwen(folder: Path) -> Any:
+    """Text of its own length with a mask; guidance calls the model a second time and keeps the norm."""
+    import diffusers
+
+    from hwprune.families import qwen_image
+
+    model, _, _ = qwen_image.tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    torch.manual_seed(0)
+    base = stable_diffusion(folder)
+    base.tokenizer.model_max_length = 1000
+    pipeline = diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=_Letters(),
+        tokenizer=base.tokenizer,
+        transformer=model,
+    )
+    pipeline.default_sample_size = 8
+    return pipeline

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hwprune.opening import Opened
 
 GPU_BATCH, CPU_BATCH = 64, 8
+DENOISER_BATCH = 1  # an image; two are what guidance evaluates for one
 
 
 class Mode(StrEnum):
@@ -47,7 +48,9 @@ def measure(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder, a timm name, or digits (built in)", show_default=False
+            metavar="MODEL",
+            help="A folder (of a diffusion model its denoiser), a timm name, or digits (built in)",
+            show_default=False,
         ),
     ],
     against: Annotated[
@@ -60,7 +63,8 @@ def measure(
         int | None,
         typer.Option(
             metavar="N",
-            help=f"Images a call (default {GPU_BATCH} on a GPU, {CPU_BATCH} on a CPU)",
+            help=f"Images a call (default {GPU_BATCH} on a GPU, {CPU_BATCH} on a CPU, {DENOISER_BATCH} of a "
+            "denoiser)",
             show_default=False,
         ),
     ] = None,
@@ -150,7 +154,6 @@ def measure(
         from hwprune.meter.compare import measure as measure_
 
         place = _device(device)
-        images = batch or (GPU_BATCH if place.type == "cuda" else CPU_BATCH)
         notes = []
         torch.manual_seed(seed)
         opened = _open(model, weights, random_weights, steps)
@@ -158,9 +161,16 @@ def measure(
         notes += [found.note for found in (opened, other) if found is not None and found.note]
         steps("open the models", 1, 1)
         net = opened.model.to(place)
-        inputs = _inputs(net, data, images, seed).to(place)
-        if data is None:
-            notes.append("inputs: normally distributed; give real images with --data")
+        inputs: object
+        if opened.denoiser or (other is not None and other.denoiser):
+            _check_denoisers(opened, other, data, split)
+            inputs = _latents(net, batch or DENOISER_BATCH, seed, place)
+            notes.append("inputs: one evaluation of normally distributed latents and text")
+        else:
+            images = batch or (GPU_BATCH if place.type == "cuda" else CPU_BATCH)
+            inputs = _inputs(net, data, images, seed).to(place)
+            if data is None:
+                notes.append("inputs: normally distributed; give real images with --data")
         arms, equivalent = _arms(net, other, place, split, seed)
         types = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
         found = measure_(
@@ -216,8 +226,16 @@ def _device(name: str | None) -> torch.device:
 
 def _open(name: str, weights: Path | None, random: bool, steps: Steps) -> Opened:
     """A model with its weights; with random ones where that was asked for and it is a timm name."""
+    from hwprune.denoiser_folder import denoiser_folder, open_denoiser
     from hwprune.opening import Opened, open_model
+    from hwprune.pruned_config import pruned_entry
 
+    folder = denoiser_folder(Path(name).expanduser())
+    if folder is not None:
+        if weights is not None:
+            raise ValueError(f"{name} holds its own weights; leave --weights out")
+        denoiser = open_denoiser(folder)
+        return Opened(denoiser, pruned_entry(getattr(denoiser, "config", None)), denoiser=True)
     if not random or weights is not None or Path(name).expanduser().exists():
         return open_model(name, weights, progress=steps.of("train the digits model"))
     if name == "digits":
@@ -258,6 +276,34 @@ def _inputs(net: nn.Module, data: str | None, batch: int, seed: int) -> Tensor:
     from hwprune.data import calibration_batches, open_dataset
 
     return calibration_batches(open_dataset(data, net), images=batch, batch=batch, seed=seed)[0]
+
+
+def _latents(net: nn.Module, batch: int, seed: int, place: torch.device) -> dict[str, Any]:
+    """One evaluation's inputs by name, at the denoiser's usual resolution."""
+    import inspect
+
+    from hwprune.denoiser_inputs import random_call
+    from hwprune.meter.inputs import map_tensors
+
+    latent, others = random_call(net, batch, seed=seed)
+    first = next(iter(inspect.signature(net.forward).parameters))
+    found: dict[str, Any] = map_tensors({first: latent, **others}, lambda t: t.to(place))
+    return found
+
+
+def _check_denoisers(opened: Opened, other: Opened | None, data: str | None, split: bool) -> None:
+    """Refuse what goes with vision transformers alone, and arms that cannot be given the same.
+
+    Raises:
+        ValueError: says what.
+    """
+    if data is not None:
+        raise ValueError("--data gives images; a denoiser is measured on random latents and text")
+    if split:
+        raise ValueError("--split is of vision transformers; leave it out for a denoiser")
+    names = [type(found.model).__name__ for found in (opened, other) if found is not None]
+    if len(set(names)) > 1:
+        raise ValueError(f"{names[0]} and {names[1]} do not take the same inputs")
 
 
 def _arms(

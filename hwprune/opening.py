@@ -41,11 +41,13 @@ class Opened:
         model: float32, in eval mode, on the CPU.
         spec: what hwprune wrote of it when it was saved; None for a model of timm or the user.
         note: what the user should know, or "".
+        denoiser: whether it takes latents, not images.
     """
 
     model: nn.Module
     spec: Mapping[str, Any] | None = None
     note: str = ""
+    denoiser: bool = False
 
 
 def open_model(

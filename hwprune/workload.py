@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hwprune.checkpoint import load
+from hwprune.denoiser_folder import denoiser_folder, open_denoiser
 from hwprune.denoiser_inputs import random_call
 from hwprune.images import input_size
 from hwprune.meter.arms import Arm
@@ -22,7 +21,6 @@ from hwprune.meter.schedule import chunks
 from hwprune.meter.timing import make_timer, warm_up
 from hwprune.opening import open_model
 
-_COMPONENTS = ("transformer", "unet")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -106,12 +104,12 @@ def open_workload(
     if batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {batch}")
     torch.manual_seed(seed)
-    component = _component(Path(name).expanduser())
+    component = denoiser_folder(Path(name).expanduser())
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     notes: tuple[str, ...]
     if component is not None:
-        model = _open_component(component)
+        model = open_denoiser(component)
         latent, kwargs = random_call(model, batch, side=latent_side, seed=seed)
         args = (latent,)
         notes = (f"{type(model).__name__} with random inputs: normal latents and text",)
@@ -133,45 +131,6 @@ def open_workload(
         return model(*args, **kwargs)
 
     return Workload(name, call, batch, device, notes)
-
-
-def _component(folder: Path) -> Path | None:
-    """The folder of a diffusers denoiser, if that is what the folder is or holds."""
-    if (folder / "model_index.json").is_file():
-        found = next(
-            (folder / n for n in _COMPONENTS if (folder / n / "config.json").is_file()), None
-        )
-        if found is None:
-            raise ValueError(f"{folder} is a pipeline without {' or '.join(_COMPONENTS)}")
-        return found
-    config = folder / "config.json"
-    if not config.is_file():
-        return None
-    try:
-        names_a_class = "_class_name" in json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, TypeError):
-        return None  # `open_model` says what is wrong with it
-    return folder if names_a_class else None
-
-
-def _open_component(folder: Path) -> nn.Module:
-    """A denoiser with its weights: pruned by hwprune or not."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "hwprune" in config:
-        return load(folder)
-    try:
-        import diffusers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "diffusers models need diffusers, which is not installed: pip install 'hwprune[diffusers]'"
-        ) from error
-    kind = getattr(diffusers, str(config["_class_name"]), None)
-    if kind is None:
-        raise ValueError(
-            f"{folder}: diffusers {diffusers.__version__} has no {config['_class_name']}"
-        )
-    model: nn.Module = kind.from_pretrained(folder)
-    return model
 
 
 def _open_images(

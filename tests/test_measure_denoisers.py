@@ -1,4 +1,4 @@
-"""`hwprune measure` of diffusion models, in whatever folder they lie, pruned against dense; no time asserted."""
+"""`hwprune measure` of diffusion models, in whatever folder they lie, pruned against dense."""
 
 from __future__ import annotations
 

@@ -6,15 +6,16 @@ combined into the few combinations that a price of the limit can pick, the lower
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from math import inf
 
+import numpy as np
 from torch import nn
 
 from hwprune.cost import Structure
 from hwprune.distortion import Curve
+from hwprune.lagrange import Lagrangian
 from hwprune.option import Option
 from hwprune.units import get_linear
 
@@ -63,34 +64,25 @@ def _of_linear(
 
 
 def combined(
-    per_linear: Sequence[Sequence[Option]],
-    dense: Option,
-    prices: Sequence[Callable[[Option], float]],
+    per_linear: Sequence[Sequence[Option]], dense: Option, costs: Sequence[str]
 ) -> list[Option]:
     """Block options of a whole layer: what a price of one cost picks in each linear, for every such price.
 
     Args:
         per_linear: options of each linear, dense the last of each.
         dense: the layer as it is, with its costs and the keep of its whole units.
-        prices: the costs that may be limited.
+        costs: the fields of an option that may be limited.
     """
-    found: dict[tuple[int, ...], list[Option]] = {}
-    for price in prices:
-        slopes = {0.0}
-        for group in per_linear:
-            ranked = sorted(group, key=lambda option: (price(option), option.distortion))
-            for a, b in pairwise(ranked):
-                if price(b) > price(a):
-                    slopes.add(max(0.0, (a.distortion - b.distortion) / (price(b) - price(a))))
-        for slope in slopes:
-            chosen = [_cheapest(group, slope, price) for group in per_linear]
-            found[tuple(map(id, chosen))] = chosen
-    return [_together(chosen, per_linear, dense) for chosen in found.values()]
-
-
-def _cheapest(group: Sequence[Option], slope: float, price: Callable[[Option], float]) -> Option:
-    """The option a Lagrangian with this price picks."""
-    return min(group, key=lambda option: option.distortion + slope * price(option))
+    found: dict[tuple[int, ...], None] = {}
+    losses = [np.array([option.distortion for option in group]) for group in per_linear]
+    for cost in costs:
+        spends = [np.array([getattr(option, cost) for option in group]) for group in per_linear]
+        priced = Lagrangian(losses, spends)
+        found.update({tuple(priced.at(edges)): None for edges in range(len(priced.owners) + 1)})
+    return [
+        _together([group[i] for group, i in zip(per_linear, at, strict=True)], per_linear, dense)
+        for at in found
+    ]
 
 
 def _together(

@@ -20,13 +20,14 @@ from hwprune.meter.compare import measure
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.memory import Memory, peak_memory
 from hwprune.network import NetworkModel
-from hwprune.operations import count_operations
+from hwprune.operations import Counted, count_operations
 from hwprune.ops import DTYPES
 from hwprune.plan import Plan
 from hwprune.predict import CostModel
 from hwprune.pricing import MemoryPricer, Pricer
 from hwprune.profiling import this_device
 from hwprune.route import profile_here
+from hwprune.tiling import linears_of, sizes_worth_it
 from hwprune.units import Layer
 
 ATTEMPTS = 4  # plans that are cut and measured before a budget is refused
@@ -48,6 +49,7 @@ class Contract:
         dense: a copy of the dense model to measure against; None where nothing can be measured.
         timed: whether this machine is the profile's device.
         weighs: bytes can be measured here.
+        tiles: tile sizes that pay on the profile, (rows, columns); empty where whole units are as fast.
         notes: what the user should know.
     """
 
@@ -57,6 +59,7 @@ class Contract:
     dense: nn.Module | None
     timed: bool = False
     weighs: bool = False
+    tiles: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -76,7 +79,7 @@ def contract(
         budget: what is asked.
         device: a profile's name or file; None = the profile of this very machine.
         x: the batch that is to be run, on the model's device and in its type.
-        layers: all prunable layers of the model, for a budget of memory.
+        layers: all prunable layers of the model.
         energy_weight: other than 0, energy is needed whatever the budget.
 
     Raises:
@@ -94,7 +97,10 @@ def contract(
         first = asked[0] if asked else "memory"
         raise ValueError(f"budget {first}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
     notes: list[str] = []
-    pricer, timed = _timing(model, device, x, asked[0], notes) if asked else (None, False)
+    pricer, timed, tiles = None, False, ()
+    if asked:
+        pricer, timed, counted = _timing(model, device, x, asked[0], notes)
+        tiles = sizes_worth_it(pricer.network.costs, linears_of(counted.parts, layers))
     memory, weighs = None, False
     if "memory" in budget.given:
         found = _memory(model, x)
@@ -105,13 +111,13 @@ def contract(
             memory = MemoryPricer.fitted(model, layers, x)
             notes.append(f"peak activations are predicted, not measured: {found.reason}")
     dense = copy.deepcopy(model).eval() if timed or weighs else None
-    return Contract(x, pricer, memory, dense, timed, weighs, tuple(notes))
+    return Contract(x, pricer, memory, dense, timed, weighs, tiles, tuple(notes))
 
 
 def _timing(
     model: nn.Module, device: str | None, x: Tensor, metric: str, notes: list[str]
-) -> tuple[Pricer, bool]:
-    """Time and energy of the model's parts; whether this machine is the device. Adds to the notes."""
+) -> tuple[Pricer, bool, Counted]:
+    """Prices of time and energy; whether this machine is the device; the operations. Adds to the notes."""
     costs = device_costs(device, x.device, metric)
     here = costs.profile.key == this_device(x.device)
     counted = count_operations(model, x, partly=True)
@@ -131,7 +137,7 @@ def _timing(
             f"{costs.profile.name} was measured at other sizes: {share:.0%} of the time of {tuple(x.shape)} "
             "is extrapolated"
         )
-    return Pricer(network, len(x), _TYPES[x.dtype], dense), here
+    return Pricer(network, len(x), _TYPES[x.dtype], dense), here, counted
 
 
 def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:

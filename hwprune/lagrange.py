@@ -53,7 +53,7 @@ class Lagrangian:
     def __init__(self, loss: Sequence[Floats], spend: Sequence[Floats]) -> None:
         """Find the lower convex hull of every group, and order their edges by what they buy."""
         self.loss, self.spend = list(loss), list(spend)
-        self.hulls = [_hull(a, b) for a, b in zip(loss, spend, strict=True)]
+        self.hulls = [lower_hull(a, b) for a, b in zip(loss, spend, strict=True)]
         edges = []
         for group, hull in enumerate(self.hulls):
             slope = np.inf
@@ -74,10 +74,7 @@ class Lagrangian:
         if self.least > room:
             return None
         taken = int(np.searchsorted(self.steps, room - self.least, side="right"))
-        at = [0] * len(self.hulls)
-        for group in self.owners[:taken]:
-            at[group] += 1
-        first = [hull[i] for hull, i in zip(self.hulls, at, strict=True)]
+        first = self.at(taken)
         value = self._value(first)
         if taken == len(self.owners):
             return Choice(first, value, value, exact=True)
@@ -93,11 +90,18 @@ class Lagrangian:
             first, value = found, better
         return Choice(first, value, min(bound, value), exact)
 
+    def at(self, edges: int) -> list[int]:
+        """The choice that a price of the limit picks once so many edges are worth it; 0 = the cheapest."""
+        steps = [0] * len(self.hulls)
+        for group in self.owners[:edges]:
+            steps[group] += 1
+        return [hull[i] for hull, i in zip(self.hulls, steps, strict=True)]
+
     def _value(self, chosen: Sequence[int]) -> float:
         return float(sum(group[i] for group, i in zip(self.loss, chosen, strict=True)))
 
 
-def _hull(loss: Floats, spend: Floats) -> list[int]:
+def lower_hull(loss: Floats, spend: Floats) -> list[int]:
     """Indices on the lower convex hull, from the cheapest option to the one of least loss."""
     order = np.lexsort((loss, spend))
     hull: list[int] = []

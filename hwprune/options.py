@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -182,8 +181,7 @@ def all_options(
             options = _neuron_options(model, layer, curve, gain, tokens, round_to)
         options = [replace(o, keep={**every, **o.keep}) for o in priced(options)]
         if per_linear:
-            prices = [attrgetter(name) for name in metrics]
-            options += combined(per_linear, dense_option(options), prices)
+            options += combined(per_linear, dense_option(options), metrics)
         groups.append((layer, options))
     return groups
 

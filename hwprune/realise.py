@@ -118,7 +118,7 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
     tiles = {
         u.slices[0].param.removesuffix(".weight"): u.slices[0].tile
         for u in units
-        if u.kind == "block"
+        if u.kind == "block" and not bool(mask[u.name].all())  # one of several sizes, at most
     }
     shape: Shape = {}
     for layer in layers_of(units):

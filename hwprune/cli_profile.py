@@ -6,12 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hwprune.exits import plainly, say
 from hwprune.terminal import STDOUT, Steps, check_json, show, write_json
+
+if TYPE_CHECKING:
+    from hwprune.ops import Op
 
 
 def profile(
@@ -42,6 +45,15 @@ def profile(
     threads: Annotated[
         int | None,
         typer.Option(metavar="N", help="Of a CPU (default: torch's)", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="MODEL",
+            help="Only what this timm model may come to have: minutes become one or two",
+            show_default=False,
+        ),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do not go on with a run that was stopped")
@@ -93,8 +105,9 @@ def profile(
         partial = target.with_name(f".{target.stem}.partial.json")
         if fresh:
             partial.unlink(missing_ok=True)
+        ops = profile_ops(images, types) if model is None else _of(model, images, types, steps)
         found = measure_device(
-            profile_ops(images, types),
+            ops,
             place,
             name=target.stem,
             minutes=minutes,
@@ -109,6 +122,24 @@ def profile(
             write_json(json, told)
     if json != STDOUT:
         _show({target.stem: told})
+
+
+def _of(model: str, images: list[int], types: list[str], steps: Steps) -> list[Op]:
+    """The operations of one model, whole and cut, for each batch and type."""
+    import torch
+
+    from hwprune.cli_measure import _open
+    from hwprune.images import input_size
+    from hwprune.model_ops import model_ops
+    from hwprune.ops import DTYPES
+
+    net = _open(model, None, True, steps).model  # weights play no part in it
+    found: dict[Op, None] = {}
+    for dtype in types:
+        for batch in images:
+            x = torch.zeros(batch, *input_size(net), dtype=DTYPES[dtype])
+            found.update(dict.fromkeys(model_ops(net.to(DTYPES[dtype]), x)))
+    return list(found)
 
 
 def devices(

@@ -346,7 +346,7 @@ def test_flags_are_the_agreed_ones() -> None:
         "eval": "--data --weights --class-map --batch --json",
         "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
         "--split --weights --against-weights --random-weights --seed --json",
-        "profile": "--out --minutes --device --batches --dtypes --threads --fresh --json",
+        "profile": "--out --minutes --device --batches --dtypes --threads --for --fresh --json",
         **{"inspect": "--json", "devices": "--json", "report": "--with --open --json"},
     }
     group = typer.main.get_command(app)

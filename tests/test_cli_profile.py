@@ -218,3 +218,16 @@ def test_the_road_of_a_gpu_is_walked_on_a_cpu(root: Path) -> None:
 
 def test_the_default_shapes_are_those_of_profile_ops() -> None:
     assert len(profile_ops.profile_ops((8, 1), ("fp32", "bf16"))) > 500
+
+
+def test_a_profile_for_one_model_measures_its_operations(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("timm")
+    words = ("profile", "--for", "digits", "--batches", "64,2", "--dtypes", "fp32")
+    assert Ran(capsys, *words, "--out", tmp_path / "d.json").code == 0
+    asked = quick[0]["ops"]
+    tokens = {op.shape[0] for op in asked if op.kind == "linear"}
+    assert {64 * 17, 2 * 17} <= tokens and {op.dtype for op in asked} == {"fp32"}
+    assert len(asked) == len(set(asked)) < 200
+    refused(Ran(capsys, "profile", "--for", "resnet18", "--out", tmp_path / "r.json"), "ResNet")

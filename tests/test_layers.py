@@ -106,6 +106,7 @@ LAYERS = (
     ),
     ("guards", "budget_price"),
     (
+        "tiling",
         "contract",
         "denoiser_contract",
         "denoiser_proof",
@@ -116,6 +117,10 @@ LAYERS = (
         "refine",
         "planning",
         "pruning",
+        "front",
+        "judging",
+        "baselines",
+        "sweep",
         "report",
         "report_rows",
         "page",

@@ -145,14 +145,54 @@ def test_nothing_of_a_report_is_markup(folder: Path) -> None:
         tile["grid"] = grid
     bad |= {"warnings": [HOSTILE], "evaluations": [{"of": "pruned", "top1": 0.5, "data": HOSTILE}]}
     bad["budget"] = {HOSTILE: HOSTILE, "macs": 0.5, "latency": HOSTILE}
-    front = build.fronts.Front(
-        HOSTILE, HOSTILE, tuple({"x": i, "y": i, "label": HOSTILE, "here": 0} for i in (1, 2))
-    )
+    point = {"x": 0.5, "y": 0.5, "label": HOSTILE, "here": 1, "method": HOSTILE}
+    points = (point, {**point, "x": 1, "method": "hwprune"})
+    front = build.fronts.Front(HOSTILE, HOSTILE, points, ((HOSTILE, HOSTILE),))
     text = render(bad, title=HOSTILE, source=HOSTILE, front=front)
     page = Page(text)
     whole(page)
     assert "<script" not in text
     assert page.text.count(HOSTILE) > 20
+
+
+def test_a_front_is_drawn_and_says_which_point_this_is(folder: Path, tmp_path: Path) -> None:
+    points = [
+        {
+            "budget": {"macs": share},
+            "folder": f"sweep/{name}",
+            "method": "hwprune",
+            "macs_ratio": share - 0.01,
+            "distortion": {"measured": 0.1 / share, "predicted": 0.0},
+            "top1": top1,
+            "measured": {"latency_ratio": None},
+        }
+        for share, name, top1 in ((0.8, "other", None), (0.6, "pruned", None))
+    ]
+    gone = {"budget": {"macs": 0.1}, "refused": "out of reach", "distortion": None}
+    told = {"metric": "macs", "unit": "nats", "points": [*points, gone], "baselines": []}
+    told["dense"] = {"macs_ratio": 1.0, "top1": 0.9}
+    copied = tmp_path / "pruned"
+    shutil.copytree(folder, copied)
+    bare = {**read_report(folder), "layers": [], "tiles": [], "curves": []}  # drawn elsewhere
+    (copied / "report.json").write_text(json.dumps(bare))
+    file = tmp_path / "front.json"
+    file.write_text(json.dumps(told))
+    text = " ".join(Page(write_page(copied).read_text()).text.split())
+    assert "macs=0.8 hwprune 0.79 0.125" in text
+    assert "macs=0.6 (this folder) hwprune 0.59 0.1667" in text
+    assert "macs=0.1 was refused: out of reach" in text
+    for point, top1 in zip(points, (0.85, 0.75), strict=True):
+        point["top1"] = top1
+    worse = {**points[0], "method": "magnitude", "top1": 0.5, "folder": None}
+    file.write_text(json.dumps({**told, "baselines": [worse]}))
+    page = Page(write_page(copied).read_text())
+    whole(page)
+    text = " ".join(page.text.split())
+    assert "macs=0.6 (this folder) hwprune 0.59 75" in text and "dense hwprune 1 90" in text
+    assert "macs=0.8 magnitude 0.79 50" in text
+    for damaged in ("{", "[]", '{"points": [{"budget": 3}]}', '{"points": 3, "dense": []}'):
+        file.write_text(damaged)
+        assert "Pareto" not in Page(write_page(copied).read_text()).text
 
 
 @pytest.mark.parametrize("odd", [None, "x", 3, [], {}, [3], {"a": None}])

@@ -120,37 +120,49 @@ def curves(name: str, title: str, unit: str, rows: Sequence[Mapping[str, Any]]) 
     return inline(figure, name, title, told)
 
 
-def front(name: str, x_label: str, y_label: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """A Pareto front: distortion, or accuracy, over what it costs.
+def front(
+    name: str, x_label: str, y_label: str, lines: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    """A Pareto front: what is lost, or kept, over what it costs; one line a method.
 
     Args:
         name: of the picture.
         x_label: of the cost.
-        y_label: of the loss or gain.
-        points: each with x, y, and label; `here` = this very folder.
+        y_label: of the loss or the accuracy.
+        lines: method -> points with x, y, label and here; ours first.
     """
-    figure = drawing(6.4, 3.4)
+    figure = drawing(6.4, 3.6)
     axes = figure.subplots()
-    ordered = sorted(points, key=lambda p: float(p["x"]))
-    axes.plot([p["x"] for p in ordered], [p["y"] for p in ordered], "-o", color=KEPT, markersize=4)
-    for point in ordered:
-        if point.get("here"):
-            axes.plot([point["x"]], [point["y"]], "o", color=ACCENT, markersize=8)
-        axes.annotate(
-            short(str(point["label"]), 16),
-            (point["x"], point["y"]),
-            xytext=(4, 5),
-            textcoords="offset points",
-            fontsize=7,
-            color=MUTED,
-        )
+    dashes = ("-", "--", ":", "-.")
+    for i, (method, points) in enumerate(lines.items()):
+        at = [p["x"] for p in points], [p["y"] for p in points]
+        colour = MUTED if i else KEPT
+        axes.plot(*at, dashes[i % 4], marker="o", color=colour, markersize=4, label=short(method))
+        for point in points if not i else ():
+            if point["here"]:
+                axes.plot([point["x"]], [point["y"]], "o", color=ACCENT, markersize=8)
+            axes.annotate(
+                short(str(point["label"])),
+                (point["x"], point["y"]),
+                xytext=(5, -10),
+                textcoords="offset points",
+                fontsize=8,
+                color=INK,
+            )
+    everything = [p["y"] for points in lines.values() for p in points]
+    if min(everything) > 0 and max(everything) > 20 * min(everything):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plainly)
+        axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.margins(0.08, 0.15)
+    axes.margins(0.12, 0.15)
     axes.grid()
-    axes.set_title(f"{y_label} over {x_label}", loc="left", fontsize=9)
-    told = f"{len(points)} models, from {x_label} {ordered[0]['x']:.3g} to {ordered[-1]['x']:.3g}"
-    return inline(figure, name, "Pareto front", told)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+    count = sum(map(len, lines.values()))
+    told = f"{count} models of {len(lines)} methods; the table beside it has each of them"
+    return inline(figure, name, f"{y_label} over {x_label}", told)
 
 
 def learning(name: str, losses: Sequence[float]) -> str:

@@ -153,7 +153,8 @@ def evaluate(
     done = 0
     with _evaluating(model):
         for indices, images_BCHW, labels_B in _batches(dataset, range(count), batch):
-            logits_BK = model(images_BCHW.to(device, dtype))
+            out = model(images_BCHW.to(device, dtype))
+            logits_BK = getattr(out, "logits", out)  # transformers answers with a named tuple
             logits_BK = _checked_logits(logits_BK, indices)
             _check_labels(labels_B, indices, logits_BK.shape[1], folder_classes)
             correct.append(logits_BK.argmax(1) == labels_B)

@@ -20,6 +20,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from hwprune.image_preparation import preparation
+from hwprune.transformers_base import is_transformers
+
 Item: TypeAlias = tuple[Tensor, int]  # image float32 [C, H, W], label; -1 = no label
 Transform: TypeAlias = Callable[[Any], Tensor]  # PIL image -> float32 [C, H, W]
 Encoded: TypeAlias = tuple[io.BytesIO, int, str]  # an image file, its label, its name for errors
@@ -113,27 +116,13 @@ class _File:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that a timm model takes.
-
-    timm's data config is that of the pretrained weights; a model built with another `img_size` or
-    `in_chans` takes something else, and says so in its patch embedding.
+    """(channels, height, width) that a model takes.
 
     Raises:
-        ValueError: not a timm model.
+        ValueError: as `hwprune.image_preparation.preparation`.
     """
-    if not hasattr(model, "pretrained_cfg"):
-        raise ValueError(
-            f"expected a timm model, whose `pretrained_cfg` says how images are prepared, got a "
-            f"{type(model).__name__}; give calibration batches of your own instead of DATA"
-        )
-    from timm.data import resolve_model_data_config
-
-    channels, height, width = resolve_model_data_config(model)["input_size"]
-    patches = getattr(model, "patch_embed", None)
-    height, width = getattr(patches, "img_size", None) or (height, width)
-    if type(patches).__name__ == "PatchEmbed":
-        channels = model.get_parameter("patch_embed.proj.weight").shape[1]
-    return int(channels), int(height), int(width)
+    found: tuple[int, int, int] = preparation(model)["input_size"]
+    return found
 
 
 def open_images(
@@ -156,17 +145,17 @@ def open_images(
 
 
 def _transform(model: nn.Module) -> tuple[Transform, str]:
-    """The model's own timm transform, and the PIL mode of its channels."""
-    from timm.data import create_transform, resolve_model_data_config
+    """The model's own transform, and the PIL mode of its channels."""
+    from timm.data import create_transform
 
-    size = input_size(model)
-    if size[0] not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, the model takes {size[0]}")
-    config = resolve_model_data_config(model) | {"input_size": size}
+    config = preparation(model)
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 or 3 channels, the model takes {channels}")
     for key in ("mean", "std"):  # of 3 channels where a model was built with another in_chans
-        if len(config[key]) != size[0]:
-            config[key] = (sum(config[key]) / len(config[key]),) * size[0]
-    return create_transform(**config, is_training=False), "L" if size[0] == 1 else "RGB"
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return create_transform(**config, is_training=False), "L" if channels == 1 else "RGB"
 
 
 def _some(count: int, data: str) -> int:
@@ -283,7 +272,8 @@ def _imagenet_names(folders: set[str], model: nn.Module) -> dict[str, int] | Non
     """ImageNet's class numbers by wnid, where the model and all folders are of ImageNet."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
-    subset = infer_imagenet_subset(model)
+    of_transformers = {"num_classes": getattr(model, "num_labels", None)}
+    subset = infer_imagenet_subset(of_transformers if is_transformers(model) else model)
     if subset is None or not folders:
         return None
     names = {name: number for number, name in enumerate(ImageNetInfo(subset).label_names())}

@@ -22,8 +22,9 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor, nn
 
-from hwprune.checkpoint import load
+from hwprune.checkpoint import library_of, load
 from hwprune.digits import digits_model
+from hwprune.image_preparation import assumed
 from hwprune.spec import CheckpointError
 from hwprune.statistics import check_finite
 
@@ -60,7 +61,7 @@ def open_model(
 
     Args:
         name: a timm name ("deit_tiny_patch16_224", with or without a tag), a folder written by
-            hwprune or by timm, or "digits".
+            hwprune, timm or transformers, or "digits".
         weights: a .safetensors file, or a .pth of tensors alone; for timm names and timm folders.
         progress: called with (done, total) while the digits model trains, the first time.
 
@@ -68,7 +69,7 @@ def open_model(
         ValueError: unknown name, weights that do not fit or hold NaN, weights that cannot be had.
         FileNotFoundError: no such folder or file.
         CheckpointError: a folder of hwprune's that is damaged.
-        ModuleNotFoundError: timm is not installed.
+        ModuleNotFoundError: the model's library is not installed.
     """
     folder = Path(name).expanduser()
     if weights is not None and not weights.is_file():
@@ -80,11 +81,11 @@ def open_model(
             )
         return _finite(Opened(digits_model(progress=progress)))
     config = folder / "config.json"
-    if config.is_file() and _is_ours(config):
+    if config.is_file() and (_is_ours(config) or library_of(folder) == "transformers"):
         if weights is not None:
             raise ValueError(f"{name} holds its own weights; leave --weights out")
         model = load(folder, dtype=torch.float32)
-        return _finite(Opened(model, vars(model)["hwprune_spec"]))
+        return _finite(Opened(model, vars(model).get("hwprune_spec"), assumed(model)))
     if folder.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
         if not config.is_file():
             what = "has no config.json" if folder.is_dir() else "is no folder"

@@ -67,7 +67,7 @@ LAYERS = (
         "denoiser_price",
     ),
     ("gating", "prices", "gates", "settling"),
-    ("criteria", "distortion", "data", "images", "digits"),
+    ("criteria", "distortion", "data", "images", "image_preparation", "digits"),
     (
         "option",
         "options",

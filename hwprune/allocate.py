@@ -7,7 +7,6 @@ solves them for any number of budgets: exactly, or for sweeps and searches in mi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
-from hwprune.budget import ON_A_DEVICE, Budget, UnreachableBudget
+from hwprune.budget import ON_A_DEVICE, Budget, UnreachableBudget, check_energy_weight
 from hwprune.cost import ModelCost, Structure
 from hwprune.distortion import Curve
 from hwprune.knapsack import Floats, Knapsack, Limit, solve
@@ -248,8 +247,7 @@ def offer(
     Raises:
         ValueError: a negative weight, or one of energy where no device has figures of it.
     """
-    if not 0 <= energy_weight < math.inf:
-        raise ValueError(f"energy_weight: expected a number of at least 0, got {energy_weight}")
+    check_energy_weight(energy_weight)
     dense = {"macs": cost.macs, "params": float(cost.params)}
     refused = dict.fromkeys(ON_A_DEVICE, "no device says what a layer costs")
     refused["memory"] = "no batch says what activations take"
@@ -258,11 +256,7 @@ def offer(
         if pricer.dense.energy_j is not None:
             dense["energy"] = pricer.dense.energy_j
         else:
-            name = pricer.network.costs.profile.name
-            refused["energy"] = (
-                f"{name} has no energy figures; name a device that has with device=NAME (--device), or measure "
-                "this one with `hwprune profile` where a power sensor is readable"
-            )
+            refused["energy"] = pricer.without_energy
     if energy_weight and "energy" not in dense:
         raise ValueError(f"energy_weight: {refused['energy']}")
     groups = all_options(

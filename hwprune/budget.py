@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,6 +96,16 @@ class Budget:
             relative = not _unit(value) if metric in _WITH_UNITS else amount <= 1
             found[metric] = amount * dense[metric] if relative else amount
         return found
+
+
+def check_energy_weight(weight: float) -> None:
+    """Refuse what is no weight of energy beside the distortion.
+
+    Raises:
+        ValueError: negative, infinite or NaN.
+    """
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"energy_weight: expected a number of at least 0, got {weight}")
 
 
 def _unit(value: float | str) -> str:

@@ -55,13 +55,18 @@ def prune(
         str | None,
         typer.Option(
             metavar="KIND,...",
-            help="Of block,head,neuron,qk,vo; without it, all but block",
+            help="Of block,head,neuron,qk,vo; without it, all but block, which joins where the device's "
+            "profile says that tiles pay",
             show_default=False,
         ),
     ] = None,
     block: Annotated[
-        str, typer.Option(metavar="ROWSxCOLS", help="Tile of the kind block")
-    ] = "32x32",
+        str,
+        typer.Option(
+            metavar="ROWSxCOLS",
+            help="Tile of the kind block; auto: the sizes that pay on the device, side by side, or 32x32",
+        ),
+    ] = "auto",
     calibration: Annotated[
         int | None,
         typer.Option(
@@ -90,6 +95,13 @@ def prune(
         int,
         typer.Option(metavar="N", help="Images of the batch whose latency or energy is limited"),
     ] = 8,
+    energy_weight: Annotated[
+        float,
+        typer.Option(
+            metavar="WEIGHT",
+            help="Minimise distortion + WEIGHT x a batch's joules, of the dense model's, under the budget",
+        ),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the images and the probe")] = 0,
     no_repair: Annotated[
         bool, typer.Option("--no-repair", help="Leave out the closed-form re-fit")
@@ -152,6 +164,7 @@ def prune(
             block=tile,
             round_to=round_to,
             timed_batch=timed_batch,
+            energy_weight=energy_weight,
             progress=steps,
         )
         types = {Dtype.fp32: torch.float32, Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}
@@ -169,10 +182,13 @@ def prune(
         show_report(found, shlex.join(words), opened.note, why)
 
 
-def _tile(text: str) -> tuple[int, int]:
+def _tile(text: str) -> tuple[int, int] | None:
+    """Sides of a tile; None for auto."""
+    if text == "auto":
+        return None
     found = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text)
     if found is None or not int(found[1]) or not int(found[2]):
-        raise ValueError(f"--block: expected ROWSxCOLS like 32x32, got {text!r}")
+        raise ValueError(f"--block: expected ROWSxCOLS like 32x32, or auto, got {text!r}")
     return int(found[1]), int(found[2])
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwprune.budget import ON_A_DEVICE, Budget
+from hwprune.budget import ON_A_DEVICE, Budget, check_energy_weight
 from hwprune.device import ProfileError, load_device
 from hwprune.meter.compare import measure
 from hwprune.meter.estimate import Estimate, Unavailable
@@ -83,8 +83,10 @@ def contract(
         energy_weight: other than 0, energy is needed whatever the budget.
 
     Raises:
-        ValueError: no profile, one that cannot price this model, or a device for a budget without one.
+        ValueError: no profile, one that cannot price this model or has no energy where that is asked for, or
+            a device for a budget without one.
     """
+    check_energy_weight(energy_weight)
     asked = [metric for metric in budget.given if metric in ON_A_DEVICE]
     asked += ["energy"] if energy_weight else []
     if not asked and device is not None:
@@ -100,6 +102,9 @@ def contract(
     pricer, timed, tiles = None, False, ()
     if asked:
         pricer, timed, counted = _timing(model, device, x, asked[0], notes)
+        if "energy" in asked and pricer.without_energy:  # before the long work
+            word = "budget energy" if "energy" in budget.given else "energy_weight"
+            raise ValueError(f"{word}: {pricer.without_energy}")
         tiles = sizes_worth_it(pricer.network.costs, linears_of(counted.parts, layers))
     memory, weighs = None, False
     if "memory" in budget.given:

@@ -30,6 +30,7 @@ class Planner:
         terms: of a budget on a device; None otherwise.
         round_to: neurons are kept in multiples of this.
         repair: whether weights will be re-fitted.
+        energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Planner:
         *,
         round_to: int,
         repair: bool,
+        energy_weight: float = 0.0,
     ) -> None:
         """Keep the arguments."""
         self.model, self.analysis, self.budget, self.terms = model, analysis, budget, terms
-        self.round_to, self.repair = round_to, repair
+        self.round_to, self.repair, self.energy_weight = round_to, repair, energy_weight
         self.factors: Factors = {}
 
     def offered(self, factors: Factors) -> Choices:
@@ -58,6 +60,7 @@ class Planner:
             gain=analysis.gain,
             pricer=None if terms is None else terms.pricer,
             memory=None if terms is None else terms.memory,
+            energy_weight=self.energy_weight,
         )
 
     @cached_property

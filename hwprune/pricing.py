@@ -64,6 +64,16 @@ class Pricer:
             joules = joules + found.energy_j if found.energy_j is not None else float("nan")
         return seconds, None if joules != joules else joules
 
+    @property
+    def without_energy(self) -> str:
+        """Why energy cannot be limited or weighed, and what to do; empty where it can."""
+        if self.dense.energy_j is not None:
+            return ""
+        return (
+            f"{self.network.costs.profile.name} has no energy figures; name a device that has with device=NAME "
+            "(--device), or measure this one with `hwprune profile` where a power sensor is readable"
+        )
+
     def spread_rel(self) -> float:
         """Half-width of the intervals of what was priced, the median operation's; from held-out errors."""
         found = [(p.hi_s - p.lo_s) / 2 / p.latency_s for p in self._known.values()]

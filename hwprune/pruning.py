@@ -53,6 +53,7 @@ def prune(
     block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    energy_weight: float = 0.0,
     analysis: Analysis | None = None,
     progress: StepProgress | None = None,
 ) -> Report:
@@ -76,7 +77,9 @@ def prune(
         block: tile size for the kind block; None = those sizes that the device's profile says pay, side by
             side, and 32x32 where there is no profile or none pays.
         round_to: keep neurons in multiples of this.
-        timed_batch: images of the batch whose latency or energy is limited.
+        timed_batch: images of the batch whose latency, energy or memory is limited.
+        energy_weight: minimise distortion + energy_weight * (joules of the batch / joules of the dense model's)
+            within the budget; needs a device with energy figures.
         analysis: of this same model and these batches, to serve several budgets from one calibration
             (prune a deepcopy for each).
         progress: called with (step, done, total).
@@ -96,7 +99,8 @@ def prune(
     base = describe_base(model)  # a model no file could describe is refused before the long work
     batches = on_device(model, batches)
     layers, _ = families.of(model).find_layers(model)
-    terms = contract(model, budget, device, timed_images(batches, timed_batch), layers)
+    x = timed_images(batches, timed_batch)
+    terms = contract(model, budget, device, x, layers, energy_weight=energy_weight)
     tries = refine if objective == "second-order" else 0
     analysis = analysis or analyse(
         model,
@@ -115,7 +119,15 @@ def prune(
             f"analyse(..., objective={objective!r})"
         )
     seconds = dict(analysis.seconds)
-    planner = Planner(model, analysis, budget, terms, round_to=round_to, repair=repair)
+    planner = Planner(
+        model,
+        analysis,
+        budget,
+        terms,
+        round_to=round_to,
+        repair=repair,
+        energy_weight=energy_weight,
+    )
     tried: tuple[Mapping[str, Any], ...] = ()
     if tries:
         with timed(seconds, "refine"):
@@ -137,7 +149,7 @@ def prune(
     analysis = replace(
         analysis, units=units, curves={n: c for n, c in analysis.curves.items() if n in mask}
     )
-    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms, tried)
+    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms, tried, energy_weight)
     if all(bool(grid.all()) for grid in mask.values()):
         return _finish(model, job, {}, batches, 0.0, None)
     with undone_on_failure(model):
@@ -168,6 +180,7 @@ class _Job:
     seed: int
     terms: Contract | None
     tried: tuple[Mapping[str, Any], ...] = ()
+    energy_weight: float = 0.0
 
 
 def _finish(
@@ -202,6 +215,7 @@ def _finish(
             "predicted": plan.distortion,
             "measured": measured,
             "unit": "nats" if statistics.output == "kl" else "half squared feature distance",
+            **({"energy_weight": job.energy_weight} if job.energy_weight else {}),
         },
         tuple(layer_rows(analysis.units, plan.structure)),
         {

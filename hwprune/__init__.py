@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from hwprune.integrations.lazy import install as _install
 
 if TYPE_CHECKING:
-    from hwprune.budget import Budget as Budget
-    from hwprune.budget import UnreachableBudget as UnreachableBudget
     from hwprune.analysis import Analysis as Analysis
     from hwprune.analysis import analyse as analyse
+    from hwprune.budget import Budget as Budget
+    from hwprune.budget import UnreachableBudget as UnreachableBudget
     from hwprune.checkpoint import load as load
     from hwprune.checkpoint import save as save
     from hwprune.diffusion import prune_diffusion as prune_diffusion
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hwprune.report import Report as Report
     from hwprune.route import route_ as route_
     from hwprune.spec import CheckpointError as CheckpointError
+    from hwprune.sweeping import sweep as sweep
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
     "prune_diffusion": "diffusion",
     "route_": "route",
     "save": "checkpoint",
+    "sweep": "sweeping",
 }
 
 

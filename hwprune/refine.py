@@ -79,7 +79,10 @@ class Refined:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a plan for a report: predicted and true distortion, images, MACs, whether it won."""
+        """One row a plan for a report: predicted and true distortion, images, MACs, whether it won.
+
+        The row of the winner has its factors too.
+        """
         return [
             {
                 "predicted": one.predicted,
@@ -88,6 +91,7 @@ class Refined:
                 "images": len(one.true_N),
                 "macs": one.plan.macs,
                 "won": i == self.best,
+                **({"factors": one.factors} if i == self.best else {}),
             }
             for i, one in enumerate(self.tried)
         ]

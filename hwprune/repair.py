@@ -12,14 +12,13 @@ Shapes: N images, T tokens, I inputs and O outputs of a linear, S kept inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hwprune.realise import restore_, zero_
+from hwprune.stage_stream import Stream, stage_calls
 from hwprune.statistics import Progress, Statistics, frozen
 from hwprune.units import Layer, Mask, Units, expand, get_linear, layers_of
 
@@ -30,10 +29,6 @@ from hwprune.units import Layer, Mask, Units, expand, get_linear, layers_of
 _SHARES = (0.05, 0.2, 0.5)
 _RIDGES = (1e-2, 1e-1, 5e-1)
 _HELD_OUT = 4  # every 4th batch
-
-
-class _Stop(Exception):
-    """Raised by a hook once it has what it came for."""
 
 
 @dataclass
@@ -114,90 +109,6 @@ class _Sums:
         return 1e-11 * (variance + self.shift_cut.double().square()).mean()
 
 
-@dataclass
-class _Stream:
-    """The activations entering one stage of the pruned model, for all calibration images.
-
-    Attributes:
-        others: what the stage gets after the activations: by position, by name.
-    """
-
-    module: nn.Module
-    others: tuple[tuple[Any, ...], Mapping[str, Any]]
-    inputs: list[Tensor]
-
-    def run(self, batch: Tensor) -> Tensor:
-        """Output of the stage."""
-        out: Tensor = self.module(batch, *self.others[0], **self.others[1])
-        return out
-
-    def capture(self, linear: nn.Linear, batch: Tensor) -> Tensor:
-        """Input of `linear` [B * T, I] when the stage runs on `batch`; T tokens an image, or of its windows."""
-        seen: list[Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].detach())
-            raise _Stop
-
-        handle = linear.register_forward_pre_hook(hook)
-        try:
-            with suppress(_Stop):
-                self.run(batch)
-        finally:
-            handle.remove()
-        return seen[0].flatten(0, -2)
-
-
-def _stage_calls(
-    model: nn.Module, stages: Sequence[nn.Module], batches: Sequence[Tensor]
-) -> tuple[list[Tensor], list[tuple[tuple[Any, ...], Mapping[str, Any]]]]:
-    """Inputs of the first stage for every batch, and what every stage gets beside them.
-
-    Raises:
-        ValueError: a stage's input is not the output of the stage before, or comes with other tensors.
-    """
-    others: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = [((), {}) for _ in stages]
-    last: list[Tensor] = []
-    handles = []
-    for i, stage in enumerate(stages):
-
-        def before(
-            _: nn.Module, args: tuple[Tensor, ...], given: dict[str, Any], i: int = i
-        ) -> None:
-            others[i] = args[1:], given
-            tensors = any(isinstance(a, Tensor) for a in args[1:])
-            if not args or tensors or (i and not (last and torch.equal(args[0], last[-1]))):
-                raise ValueError(
-                    f"stage {i} takes something else than the output of the stage before: repair needs a "
-                    "plain column of blocks; prune with repair=False"
-                )
-
-        def after(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            last[:] = [out]
-
-        handles.append(stage.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(stage.register_forward_hook(after))
-    try:
-        model(batches[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    inputs: list[Tensor] = []
-
-    def first(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0].detach().clone())
-        raise _Stop
-
-    handle = stages[0].register_forward_pre_hook(first)
-    try:
-        for batch in batches:
-            with suppress(_Stop):
-                model(batch)
-    finally:
-        handle.remove()
-    return inputs, others
-
-
 def token_weights(statistics: Statistics, name: str, tokens: int) -> Tensor:
     """Gradient energy of each token position [T] at the output of one linear, mean 1."""
     moments = statistics.linear.get(name)
@@ -209,7 +120,7 @@ def token_weights(statistics: Statistics, name: str, tokens: int) -> Tensor:
 
 
 def _gather(
-    stream: _Stream,
+    stream: Stream,
     name: str,
     statistics: Statistics,
     model: nn.Module,
@@ -329,7 +240,7 @@ def _repair_layer(
     units: Sequence[Units],
     mask: Mask,
     statistics: Statistics,
-    stream: _Stream,
+    stream: Stream,
 ) -> None:
     """Re-fit one layer and leave it zeroed where the mask says so."""
     dense = _params(model, units, layer)
@@ -397,9 +308,9 @@ def repair_(
         if any(not bool(mask[u.name].all()) for u in mine):
             by_stage.setdefault(layer.stage, []).append(layer)
     with frozen(model):
-        inputs, others = _stage_calls(model, stages, batches)
+        inputs, others = stage_calls(model, stages, batches)
         for i, stage in enumerate(stages):
-            stream = _Stream(stage, others[i], inputs)
+            stream = Stream(stage, others[i], inputs)
             for layer in by_stage.get(i, []):
                 mine = [u for u in units if u.layer.name == layer.name and u.name in mask]
                 _repair_layer(model, layer, mine, mask, statistics, stream)

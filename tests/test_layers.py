@@ -74,6 +74,7 @@ LAYERS = (
         "block_options",
         "plan",
         "allocate",
+        "stage_stream",
         "repair",
         "realise",
         "densify",

@@ -37,6 +37,7 @@ class Judge:
     """The budget of one run: its price while masks are learned, its proof at the end.
 
     Attributes:
+        model: the denoiser, dense but for the factors of its modulation, until it is realised.
         units: that may go.
         cost: parameters and MACs.
         budget: what is asked.
@@ -44,6 +45,7 @@ class Judge:
         proof: of the finished model; None before, or where nothing can be measured.
     """
 
+    model: nn.Module
     units: Sequence[Units]
     cost: DenoiserCost
     budget: Budget
@@ -53,7 +55,7 @@ class Judge:
     def __post_init__(self) -> None:
         """Set the prices of latency and energy right."""
         if self.terms is not None:
-            self.terms = calibrated(self.terms, self.units)
+            self.terms = calibrated(self.terms, self.model, self.units)
 
     def price(self) -> tuple[Price, float]:
         """See `price_of`."""
@@ -70,13 +72,13 @@ class Judge:
         if self.terms is not None:
             assert choice.wanted is not None
             self.terms, choice.keep = settled(
-                self.terms, self.units, choice.keep, choice.wanted, self._price
+                self.terms, self.model, self.units, choice.keep, choice.wanted, self._price
             )
 
-    def prove(self, model: nn.Module, mask: Mask) -> None:
+    def prove(self, mask: Mask) -> None:
         """Measure the finished model; see `proven`."""
         if self.terms is not None:
-            self.proof = proven(self.terms, model, self.units, mask)
+            self.proof = proven(self.terms, self.model, self.units, mask)
 
     def told(self, mask: Mask) -> dict[str, Any]:
         """What the report says of the device; empty where nothing was asked of one."""
@@ -91,37 +93,28 @@ class Judge:
         return () if self.terms is None else self.terms.notes
 
 
-def _measured(terms: DenoiserContract, pruned: nn.Module) -> dict[str, Any]:
-    """The proof of a model; the dense one waits on the CPU between proofs."""
+def _measured(
+    terms: DenoiserContract, model: nn.Module, units: Sequence[Units], mask: Mask
+) -> dict[str, Any]:
+    """The proof of a mask, on a copy of the model that is cut by it."""
     assert terms.dense is not None
-    terms.dense.to(terms.place)
+    trial = hookless(model)
+    realise_(trial, units, mask)
+    terms.dense.to(terms.place)  # it waits on the CPU between proofs
     try:
-        return prove(pruned.to(terms.place), terms.dense, dict(terms.inputs))
+        return prove(trial, terms.dense, dict(terms.inputs))
     finally:
         terms.dense.to("cpu")
 
 
-def _tried(terms: DenoiserContract, units: Sequence[Units], keep: Tensor) -> dict[str, Any] | None:
-    """The proof of a mask on a copy of the dense model; None where nothing of it can be timed.
-
-    Factors of modulation linears, which the dense copy does not have, are left as they are: two products of
-    a row an image each.
-    """
-    assert terms.dense is not None
-    parts = Layout(units).split(keep)
-    some = [unit for unit in units if unit.kind != "modulation"]
-    if all(bool(parts[unit.name].all()) for unit in some):
-        return None
-    trial = hookless(terms.dense)
-    realise_(trial, some, {unit.name: parts[unit.name] for unit in some})
-    return _measured(terms, trial)
-
-
-def calibrated(terms: DenoiserContract, units: Sequence[Units]) -> DenoiserContract:
+def calibrated(
+    terms: DenoiserContract, model: nn.Module, units: Sequence[Units]
+) -> DenoiserContract:
     """The contract with prices set right by timing a cut that takes as much of every layer.
 
     Args:
         terms: of the profile alone.
+        model: to cut a copy of.
         units: that may go.
     """
     asked = {metric: share for metric, share in terms.shares.items() if share < 1}
@@ -137,8 +130,9 @@ def calibrated(terms: DenoiserContract, units: Sequence[Units]) -> DenoiserContr
     keep = keep_within(tightest, uniform_order(layout), max(1.0, least), layout.count)
     wanted = torch.arange(layout.count, 0, -1).double()
     keep = filled(terms, layout, keep, wanted, tightest, max(1.0, least))
-    proof = _tried(terms, units, keep)
-    return terms if proof is None else terms.corrected(layout, keep, proof)
+    if bool(keep.all()):
+        return terms
+    return terms.corrected(layout, keep, _measured(terms, model, units, layout.mask(keep)))
 
 
 def uniform_order(layout: Layout) -> Tensor:
@@ -204,6 +198,7 @@ def ordered(keep: Tensor, wanted: Tensor) -> Tensor:
 
 def settled(
     terms: DenoiserContract,
+    model: nn.Module,
     units: Sequence[Units],
     keep: Tensor,
     wanted: Tensor,
@@ -215,6 +210,7 @@ def settled(
 
     Args:
         terms: of the budget.
+        model: to cut copies of.
         units: of the mask.
         keep: bool [N], as learned.
         wanted: [N], the order in which units are taken away or back.
@@ -233,10 +229,10 @@ def settled(
     best: tuple[float, Tensor] | None = None
     reached = ""
     for _ in range(ATTEMPTS):
-        proof = None if terms.dense is None else _tried(terms, units, keep)
-        if proof is None or not terms.use(
-            proof
-        ):  # nothing could be measured, which the report says
+        if terms.dense is None or bool(keep.all()):
+            return terms, keep
+        proof = _measured(terms, model, units, layout.mask(keep))
+        if not terms.use(proof):  # nothing could be measured, which the report says
             return terms, keep
         used, kept = terms.use(proof), terms.kept(proof)
         reached = _reached(terms, proof)
@@ -281,11 +277,9 @@ def proven(
     """
     if terms.dense is None:
         return None
-    finished = hookless(model)
-    realise_(finished, units, mask)
-    proof = _measured(terms, finished)
+    proof = _measured(terms, model, units, mask)
     if not terms.kept(proof):
-        proof = _measured(terms, finished)  # one round of noise is no verdict
+        proof = _measured(terms, model, units, mask)  # one round of noise is no verdict
     if not terms.kept(proof):
         raise UnreachableBudget(
             f"the finished model is over its budget: {_reached(terms, proof)}, though its mask was not; this "

@@ -154,7 +154,7 @@ def prune_diffusion(
         )
         units = ground.units
         with clock("contract"):
-            judge = Judge(units, ground.cost, ground.budget, terms)
+            judge = Judge(model, units, ground.cost, ground.budget, terms)
         price, limit = judge.price()
         if limit >= 1 or ground.keeps_all():
             ground = ground.as_dense()
@@ -199,7 +199,7 @@ def prune_diffusion(
                 mask = gating.layout.mask(choice.keep)
                 before = _first_prediction(sampler, held[0], gating, choice.keep.float())
             with clock("prove"):
-                judge.prove(model, mask)
+                judge.prove(mask)
             with clock("realise"):
                 realise_(model, units, mask)
         with clock("judge"):

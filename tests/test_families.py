@@ -117,7 +117,7 @@ def test_zeroed_and_realised_examples_agree(example: str, kind: str) -> None:
             zeroed = model_output(model, x)
         realise_(model, units, mask)
         realised = model_output(model, x)
-    assert float((zeroed - dense).abs().max()) > 1e-4
+    assert float((zeroed - dense).abs().max()) > 1e-6  # a hundred times what may differ
     torch.testing.assert_close(realised, zeroed, rtol=0, atol=1e-8)
 
 

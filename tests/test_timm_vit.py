@@ -105,6 +105,31 @@ def test_a_refused_kind_is_left_out_where_nobody_asked_for_it(
     assert found and kind not in found
 
 
+ALL = {"head", "qk", "vo", "neuron"}
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "kinds"),
+    [
+        ("deit_small_distilled_patch16_224", 12, ALL),
+        ("deit3_base_patch16_224", 12, ALL),
+        ("vit_giant_patch14_reg4_dinov2", 40, ALL),
+        ("vit_large_patch16_dinov3", 24, ALL - {"qk"}),
+        ("vit_7b_patch16_dinov3", 40, ALL - {"qk"}),
+        ("vit_base_patch16_clip_224", 12, ALL),
+        ("vit_large_patch14_clip_quickgelu_336", 24, ALL),
+        ("vit_so400m_patch14_siglip_384", 27, ALL),
+        ("vit_base_patch16_siglip_gap_256", 12, ALL),
+    ],
+)
+def test_every_block_of_a_full_size_can_be_cut(name: str, blocks: int, kinds: set[str]) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    layers, left = timm_vit.find_layers(model)
+    assert len(layers) == 2 * blocks and not left
+    assert {u.kind for u in timm_vit.find_units(model)} == kinds
+
+
 def gate_(model: nn.Module) -> None:
     """What timm's gated attention has: a linear whose sigmoid multiplies the attention's output."""
     for block in model.get_submodule("blocks"):

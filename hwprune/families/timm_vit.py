@@ -27,26 +27,45 @@ _MLP = ("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU
 
 def example() -> tuple[nn.Module, Tensor]:
     """A tiny random ViT with ragged sizes and an input, for tests: model, x [2, 3, 32, 32]."""
+    return _tiny("vit_tiny_patch16_224", depth=3, num_classes=10)
+
+
+def _tiny(name: str, *, depth: int = 2, num_classes: int = 0) -> tuple[nn.Module, Tensor]:
+    """A timm architecture in small; features instead of logits without classes."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224",
+        name,
         img_size=32,
         patch_size=8,
         embed_dim=48,
-        depth=3,
+        depth=depth,
         num_heads=3,
-        num_classes=10,
+        num_classes=num_classes,
     )
-    # timm starts the classifier near zero: then no layer matters to the output and every curve is flat.
-    torch.nn.init.normal_(model.head.weight, std=0.5)
+    # timm starts classifiers (two in distilled models), LayerScale and the queries of SigLIP near zero: then no
+    # layer matters to the output and every curve is flat.
+    near_zero = ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2", "latent")
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("head.weight", "head_dist.weight", *near_zero)):
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.eval(), torch.randn(2, 3, 32, 32)
 
 
 def examples() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
     """Tiny random models, each with an input, for tests."""
-    return {"vit": example}
+    return {
+        "vit": example,
+        "deit distilled": lambda: _tiny("deit_tiny_distilled_patch16_224", num_classes=10),
+        # Registers, LayerScale, and a SwiGLU whose two halves are one linear.
+        "dinov2": lambda: _tiny("vit_giant_patch14_reg4_dinov2"),
+        # Rotary embeddings, and a SwiGLU of two linears.
+        "dinov3": lambda: _tiny("vit_small_plus_patch16_dinov3"),
+        "clip": lambda: _tiny("vit_base_patch16_clip_quickgelu_224", num_classes=10),
+        # A head that pools by attention, with an MLP of its own.
+        "siglip": lambda: _tiny("vit_base_patch16_siglip_224"),
+    }
 
 
 def takes(model: nn.Module) -> bool:

@@ -326,15 +326,22 @@ def _card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 
 def save_pipeline(pipeline: Any, folder: Path, *, force: bool) -> None:
-    """Write a whole pipeline, by its own `save_pretrained`, whole or not at all.
+    """Write a whole pipeline, by its own `save_pretrained`, whole or not at all, and the report beside it.
 
     Raises:
         FileExistsError: as `hwprune.save`.
+        CheckpointError: the pruned denoiser that was written does not open as the same model.
     """
-    names = {"model_index.json", "README.md", *(str(k) for k in pipeline.components)}
+    names = {"model_index.json", "README.md", "report.json", "report.html", "samples.png"}
+    names |= {str(k) for k in pipeline.components}
 
     def write(fresh: Path) -> None:
         pipeline.save_pretrained(fresh, safe_serialization=True)
+        for name, part in pipeline.components.items():
+            spec = vars(part).get("hwprune_spec") if isinstance(part, nn.Module) else None
+            if spec:
+                check_tensors(load_denoiser(fresh / name), shards.portable(part.state_dict()))
+                _write_json(fresh / "report.json", jsonable(dict(spec["report"]), "report"))
 
     replace_folder(folder, write, force=force, is_ours=names.__contains__)
 

@@ -229,3 +229,17 @@ def test_ours_comes_closer_than_chance_on_a_real_model(shared_data: Path) -> Non
         assert report.params_ratio <= 0.8
         far[method] = report.distance["held"]
     assert far["ours"] < 0.25 * far["random"], far
+
+
+def test_a_saved_pipeline_has_its_report_and_can_be_replaced(tmp_path: Path) -> None:
+    pipeline = stable_diffusion(tmp_path / "tokens")
+    report = hwprune.prune_diffusion(
+        pipeline, ["a", "b"], Budget(params=0.95), method="magnitude", **{**QUICK, "images": 4}
+    )
+    hwprune.save(pipeline, tmp_path / "x")
+    written = json.loads((tmp_path / "x" / "report.json").read_text())
+    assert written["params"] == report.params
+    hwprune.save(pipeline, tmp_path / "x", force=True)
+    again = hwprune.load(tmp_path / "x")
+    for name, tensor in pipeline.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], tensor), name

@@ -278,8 +278,14 @@ def _inputs(net: nn.Module, data: str | None, batch: int, seed: int) -> Tensor:
     return calibration_batches(open_dataset(data, net), images=batch, batch=batch, seed=seed)[0]
 
 
-def _latents(net: nn.Module, batch: int, seed: int, place: torch.device) -> dict[str, Any]:
-    """One evaluation's inputs by name, at the denoiser's usual resolution."""
+def _latents(
+    net: nn.Module,
+    batch: int,
+    seed: int,
+    place: torch.device,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """One evaluation's inputs by name, at the denoiser's usual resolution; in float32 unless told."""
     import inspect
 
     from hwprune.denoiser_inputs import random_call
@@ -287,7 +293,11 @@ def _latents(net: nn.Module, batch: int, seed: int, place: torch.device) -> dict
 
     latent, others = random_call(net, batch, seed=seed)
     first = next(iter(inspect.signature(net.forward).parameters))
-    found: dict[str, Any] = map_tensors({first: latent, **others}, lambda t: t.to(place))
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(place, dtype if tensor.is_floating_point() else None)
+
+    found: dict[str, Any] = map_tensors({first: latent, **others}, put)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -51,7 +52,8 @@ def profile(
         typer.Option(
             "--for",
             metavar="MODEL",
-            help="Only what this timm model may come to have: minutes become one or two",
+            help="Only what this model may come to have, a timm name or a folder (of a diffusion model its "
+            "denoiser, whose batch guidance doubles): minutes become one or two",
             show_default=False,
         ),
     ] = None,
@@ -128,17 +130,24 @@ def _of(model: str, images: list[int], types: list[str], steps: Steps) -> list[O
     """The operations of one model, whole and cut, for each batch and type."""
     import torch
 
-    from hwprune.cli_measure import _open
+    from hwprune.cli_measure import _latents, _open
+    from hwprune.denoiser_reach import denoiser_ops
     from hwprune.images import input_size
     from hwprune.model_ops import model_ops
     from hwprune.ops import DTYPES
 
-    net = _open(model, None, True, steps).model  # weights play no part in it
+    opened = _open(model, None, True, steps)  # weights play no part in it
+    net = opened.model
     found: dict[Op, None] = {}
     for dtype in types:
+        net.to(DTYPES[dtype])
         for batch in images:
+            if opened.denoiser:
+                inputs = _latents(net, batch, 0, torch.device("cpu"), DTYPES[dtype])
+                found.update(dict.fromkeys(denoiser_ops(net, functools.partial(net, **inputs))))
+                continue
             x = torch.zeros(batch, *input_size(net), dtype=DTYPES[dtype])
-            found.update(dict.fromkeys(model_ops(net.to(DTYPES[dtype]), x)))
+            found.update(dict.fromkeys(model_ops(net, x)))
     return list(found)
 
 

@@ -231,3 +231,21 @@ def test_a_profile_for_one_model_measures_its_operations(
     assert {64 * 17, 2 * 17} <= tokens and {op.dtype for op in asked} == {"fp32"}
     assert len(asked) == len(set(asked)) < 200
     refused(Ran(capsys, "profile", "--for", "resnet18", "--out", tmp_path / "r.json"), "ResNet")
+
+
+def test_a_profile_for_a_denoiser_measures_its_operations(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("diffusers")
+    import hwprune
+    from hwprune.families import dit
+
+    hwprune.save(dit.tiny()[0], tmp_path / "pipe" / "transformer")
+    words = ("profile", "--for", tmp_path / "pipe", "--batches", "3", "--dtypes", "bf16")
+    assert Ran(capsys, *words, "--out", tmp_path / "d.json").code == 0
+    asked = quick[0]["ops"]
+    assert {op.dtype for op in asked} == {"bf16"} and len(asked) == len(set(asked))
+    heads = {op.shape for op in asked if op.kind == "attention"}
+    assert heads == {(3, kept, 16, 8, 8) for kept in (1, 2, 3)}
+    neurons = {op.shape[1] for op in asked if op.kind == "gelu"}
+    assert len(neurons) > 5 and all(count % 8 == 0 for count in neurons)

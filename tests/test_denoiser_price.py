@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from hwprune.denoiser_cost import module_macs
 from hwprune.denoiser_operations import evaluation_operations
 from hwprune.denoiser_price import LayerTables, Prices, layer_tables, worthwhile
+from hwprune.denoiser_reach import denoiser_ops
 from hwprune.denoisers import Denoiser
 from hwprune.families import dit, mmdit, qwen_image, sana, unet
 from hwprune.families.denoiser import find_layers, find_units
 from hwprune.gating import Layout
 from hwprune.network import NetworkModel
 from hwprune.ops import Op
+from hwprune.predict import CostModel
 from hwprune.prices import Price, lower_hull, table_price
 from hwprune.realise import realise_
 
@@ -27,6 +29,7 @@ pytest.importorskip(
 )
 
 from fakes.denoiser_device import costs_for, counted_in, truth_s
+from fakes.profiles import profile_of
 
 FAMILIES = [
     dit.tiny,
@@ -169,6 +172,19 @@ def test_energy_is_priced_where_the_device_has_it() -> None:
         torch.testing.assert_close(with_power.of("energy")[0][name], 30 * seconds)
     without = layer_tables(Prices(NetworkModel(costs_for(model, counted))), layers, counted)
     assert without.joules is None
+
+
+@pytest.mark.parametrize("make", [dit.tiny, unet.tiny, mmdit.tiny])
+def test_a_profile_for_one_denoiser_is_enough_to_price_every_count(make: Any) -> None:
+    made = model, latent, inputs = make()
+    denoise = Denoiser(model, inputs)
+    ops = denoiser_ops(model, lambda: denoise(latent, torch.tensor(500)))
+    assert len(ops) == len(set(ops)) < 250
+    _, exact, _, _ = priced(made)
+    costs = CostModel(profile_of({op: truth_s(op) for op in ops}))
+    found = layer_tables(Prices(NetworkModel(costs)), find_layers(model)[0], counted_in(*made))
+    for name, table in exact.seconds.items():
+        torch.testing.assert_close(found.seconds[name], table, rtol=0.1, atol=0)
 
 
 def test_a_row_is_worth_it_where_each_column_is_below_all_later_ones() -> None:

@@ -65,6 +65,7 @@ LAYERS = (
         "model_ops",
         "pricing",
         "denoiser_price",
+        "denoiser_reach",
     ),
     ("gating", "prices", "gates", "settling"),
     ("criteria", "distortion", "data", "images", "image_preparation", "digits"),

@@ -7,9 +7,12 @@ measured it is refused. Masks are judged by `hwprune.denoiser_proof`.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +34,8 @@ from hwprune.ops import NAMES
 from hwprune.predict import CostModel, UnknownOp
 from hwprune.prices import Price, table_price
 from hwprune.profiling import this_device
-from hwprune.teacher import Batch, Sampler
+from hwprune.remembered import Remembered
+from hwprune.teacher import Batch, Sampler, key_of
 
 _SLIGHT = 0.01  # share of the multiply-accumulates that may go unpriced on another machine
 _BEYOND = 0.05  # share of the time beyond the sizes of the profile that is not worth a word
@@ -53,6 +57,7 @@ class DenoiserContract:
             profile's device, and nothing can be measured.
         notes: what the user should know.
         gains: metric -> what is really saved of a predicted saving, from a cut that was timed.
+        known: what was measured of the dense model and of that cut.
     """
 
     profile: str
@@ -64,6 +69,7 @@ class DenoiserContract:
     dense: nn.Module | None
     notes: tuple[str, ...] = ()
     gains: Mapping[str, float] = field(default_factory=dict)
+    known: Remembered = field(default_factory=lambda: Remembered(None))
 
     def predicted(self, layout: Layout, metric: str) -> Price:
         """The price of gates by the profile alone."""
@@ -110,7 +116,11 @@ class DenoiserContract:
 
 
 def denoiser_contract(
-    sampler: Sampler, batch: Batch, budget: Budget, profile: str | None
+    sampler: Sampler,
+    batch: Batch,
+    budget: Budget,
+    profile: str | None,
+    folder: Path | None = None,
 ) -> DenoiserContract | None:
     """Make a contract for a budget; None where it needs no device.
 
@@ -119,6 +129,7 @@ def denoiser_contract(
         batch: whose evaluation is timed.
         budget: what is asked.
         profile: its name or file; None = that of this very machine.
+        folder: keeps what was measured; None = nowhere.
 
     Raises:
         ValueError: a budget that denoisers do not have; no profile, one that cannot price this model, or one
@@ -151,8 +162,9 @@ def denoiser_contract(
     counted = _in_known_types(evaluation_operations(model, call), costs, NAMES[dtype])
     here = costs.profile.key == this_device(place)
     notes: list[str] = []
+    known = Remembered(_file(folder, sampler, batch, budget, costs))
     try:
-        network, seconds = _network(model, inputs, counted, costs, here)
+        network, seconds = _network(model, inputs, counted, costs, here, known)
         prices = Prices(network)
         tables = layer_tables(prices, find_layers(model)[0], counted)
         beyond = prices.beyond(counted.ops)
@@ -169,7 +181,7 @@ def denoiser_contract(
         )
     whole = {"latency": seconds}
     if "energy" in asked:
-        whole["energy"] = _joules(model, inputs, counted, network, tables, here)
+        whole["energy"] = _joules(model, inputs, counted, network, tables, here, known)
     wanted = Budget(latency=budget.latency, energy=budget.energy)
     limits = wanted.limits(whole)
     return DenoiserContract(
@@ -181,7 +193,18 @@ def denoiser_contract(
         place,
         hookless(model).to("cpu") if here else None,
         tuple(notes),
+        known=known,
     )
+
+
+def _file(
+    folder: Path | None, sampler: Sampler, batch: Batch, budget: Budget, costs: CostModel
+) -> Path | None:
+    """Where figures are kept, under a name made of all they depend on."""
+    if folder is None:
+        return None
+    said = [key_of(sampler, [batch]), asdict(budget), costs.profile.key]
+    return folder / f"contract-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24]}.json"
 
 
 def _arguments(model: nn.Module, call: Callable[[], object]) -> dict[str, Any]:
@@ -219,7 +242,12 @@ def _unpriced(counted: Counted) -> float:
 
 
 def _network(
-    model: nn.Module, inputs: Mapping[str, Any], counted: Counted, costs: CostModel, here: bool
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    counted: Counted,
+    costs: CostModel,
+    here: bool,
+    known: Remembered,
 ) -> tuple[NetworkModel, float]:
     """The model of operations in this network, and seconds of the dense evaluation.
 
@@ -238,7 +266,7 @@ def _network(
             )
         network = NetworkModel(costs)
         return network, network.predict(counted.ops).latency_s
-    seconds = latency_s(model, dict(inputs))
+    seconds = float(known.once("latency_s", lambda: latency_s(model, dict(inputs))))
     if unpriced <= _SLIGHT:
         return NetworkModel.fitted(costs, [(counted.ops, seconds)]), seconds
     # What is left after the priced operations is the convolutions': they cannot take more than there is.
@@ -254,6 +282,7 @@ def _joules(
     network: NetworkModel,
     tables: LayerTables,
     here: bool,
+    known: Remembered,
 ) -> float:
     """Of one evaluation of the dense model.
 
@@ -270,9 +299,13 @@ def _joules(
         )
     if not here or _unpriced(counted) <= _SLIGHT:
         return predicted
-    found = measure(model, dict(inputs), rounds=8, seconds_per_arm=10.0)
-    if not isinstance(found.model.energy_j, Estimate):
-        raise ValueError(
-            f"budget energy: the dense model's cannot be measured: {found.model.energy_j.reason}"
-        )
-    return found.model.energy_j.value * float(found.settings["batch"])
+
+    def measured() -> float:
+        found = measure(model, dict(inputs), rounds=8, seconds_per_arm=10.0)
+        if not isinstance(found.model.energy_j, Estimate):
+            raise ValueError(
+                f"budget energy: the dense model's cannot be measured: {found.model.energy_j.reason}"
+            )
+        return found.model.energy_j.value * float(found.settings["batch"])
+
+    return float(known.once("energy_j", measured))

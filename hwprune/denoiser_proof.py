@@ -7,8 +7,10 @@ loosened, in the gates' own order. What no mask keeps is refused.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -132,7 +134,14 @@ def calibrated(
     keep = filled(terms, layout, keep, wanted, tightest, max(1.0, least))
     if bool(keep.all()):
         return terms
-    return terms.corrected(layout, keep, _measured(terms, model, units, layout.mask(keep)))
+
+    def gains() -> dict[str, float]:
+        proof = _measured(terms, model, units, layout.mask(keep))
+        return dict(terms.corrected(layout, keep, proof).gains)
+
+    said = json.dumps([[unit.name, unit.count] for unit in units])
+    name = f"gains of {hashlib.sha256(said.encode()).hexdigest()[:16]}"
+    return replace(terms, gains=terms.known.once(name, gains))
 
 
 def uniform_order(layout: Layout) -> Tensor:
@@ -245,6 +254,8 @@ def settled(
             price, limit = priced(terms)
             # A step past the limit by half of what is close enough, so that noise does not decide.
             aim = limit * (1 - _CLOSE / 2)
+            if kept and float(price(keep.double())) >= aim:
+                break  # what is left unused another budget does not give away
             again = keep_within(price, order, aim, layout.count)
             again = filled(terms, layout, again, wanted, price, aim)
         except ValueError:  # out of reach

@@ -136,7 +136,7 @@ def prune_diffusion(
         some = max(1, images // 4)
         with clock("contract"):
             first = draw(sampler, "train", min(images, batch), batch=batch, seed=seed)[0]
-            terms = denoiser_contract(sampler, first, budget, profile)
+            terms = denoiser_contract(sampler, first, budget, profile, keeping)
         with clock("teacher"):
             counts: dict[Split, int] = {"train": images, "check": some, "held": some}
             sets = [

@@ -83,6 +83,8 @@ def test_several_budgets_hold_at_once(here: Machine) -> None:
         told = report.to_dict()
         assert told["measured"]["latency_ratio"]["value"] <= budget.given["latency"]
         assert told["params_ratio"] <= budget.given["params"]
+        assert len(here.proofs) <= 4  # a budget of parameters that binds is not fought by timing on
+        here.proofs.clear()
         counts = [row["kept"] for row in report.layers if row["kind"] == "neuron"]
         assert all(count % 8 == 0 for count in counts)
 

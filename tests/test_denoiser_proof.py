@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,27 @@ def test_a_finished_model_over_its_budget_is_refused_after_a_second_look(here: M
     here.next = [0.8, 0.79, 0.9, 0.79]
     pruned(Budget(latency=0.8), profile="FAKE")
     assert here.next == []
+
+
+def test_a_killed_run_goes_on_with_the_figures_it_had(here: Machine, tmp_path: Path) -> None:
+    def killed(progress: Any) -> None:
+        if progress.step == 5:
+            raise KeyboardInterrupt
+
+    expected, _ = pruned(Budget(latency=0.8), profile="FAKE")
+    with pytest.raises(KeyboardInterrupt):
+        pruned(Budget(latency=0.8), profile="FAKE", folder=tmp_path, watch=killed)
+    here.rest_s, here.proofs = 1e-3, []  # the machine has become another: what is known of it stays
+    here.next = [0.8, 0.8]
+    got, _ = pruned(Budget(latency=0.8), profile="FAKE", folder=tmp_path)
+    assert len(here.proofs) == 2  # of the mask and of the model; the uniform cut was known
+    pairs = zip(expected.parameters(), got.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    (file,) = tmp_path.glob("contract-*.json")
+    file.write_text("{")
+    here.next = [0.8, 0.8, 0.8]
+    pruned(Budget(latency=0.8), profile="FAKE", folder=tmp_path)
+    assert len(here.proofs) == 5 and json.loads(file.read_text())["latency_s"] > 1e-3
 
 
 def test_a_miss_within_the_interval_is_no_miss(here: Machine) -> None:

@@ -64,6 +64,7 @@ LAYERS = (
         "memory_cost",
         "model_ops",
         "pricing",
+        "remembered",
         "denoiser_price",
         "denoiser_reach",
     ),

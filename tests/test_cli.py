@@ -339,8 +339,7 @@ def test_importing_the_command_line_brings_neither_torch_nor_timm() -> None:
 
 
 def test_flags_are_the_agreed_ones() -> None:
-    # A new flag is a promise to every script.
-    agreed = {
+    agreed = {  # a new flag is a promise to every script
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
         "--round-to --timed-batch --class-map --format --device --seed --no-repair --force --json",
         "eval": "--data --weights --class-map --batch --json",
@@ -348,6 +347,7 @@ def test_flags_are_the_agreed_ones() -> None:
         "--split --weights --against-weights --random-weights --seed --json",
         "profile": "--out --minutes --device --batches --dtypes --threads --for --fresh --json",
         **{"inspect": "--json", "devices": "--json", "report": "--with --open --json"},
+        "export": "--to --out --batch --weights --json",
     }
     group = typer.main.get_command(app)
     found = {

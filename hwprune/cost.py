@@ -114,10 +114,11 @@ def layer_params(model: nn.Module, layer: Layer, keep: Structure) -> int:
     if wide == 0:
         return bias if bias else out.out_features
     total += wide * out.out_features
-    for rows, field in input_rows(layer):
-        linear = get_linear(model, rows.linear)
-        kept = _width(keep, field)
-        total += kept * (linear.in_features + (linear.bias is not None))
+    biased = [get_linear(model, rows.linear).bias is not None for rows, _ in input_rows(layer)]
+    if isinstance(layer, AttentionLayer) and keep != dense_structure(layer):
+        biased = [any(biased)] * 3  # q, k and v are one linear then
+    for (rows, field), bias_too in zip(input_rows(layer), biased, strict=True):
+        total += _width(keep, field) * (get_linear(model, rows.linear).in_features + bias_too)
     return total
 
 

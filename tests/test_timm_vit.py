@@ -174,7 +174,7 @@ def test_attention_of_another_making_is_left_dense_and_named(name: str, kind: st
 
 
 def test_a_model_where_every_kind_is_refused_says_why_layer_by_layer() -> None:
-    model = vit("eva02_base_patch14_224")
+    model = vit("eva02_tiny_patch14_224", scale_mlp=True)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn: .*EvaAttention.*") as caught:
         timm_vit.find_units(model)
     model = vit(scale_attn_norm=True, scale_mlp_norm=True)

@@ -17,10 +17,12 @@ from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, Units, get_line
 
 TAKES = "timm's vision transformers with `blocks` (vit_*, deit*, dinov2, dinov3, eva, clip, siglip)"
 # By full name: BEiT, SAM and others call classes of their own, with position biases, "Attention" too.
+_EVA = "timm.models.eva.EvaAttention"  # of EVA and DINOv3
 _ATTENTION = (
     "timm.layers.attention.Attention",
     "timm.layers.attention.AttentionRope",
     "timm.models.vision_transformer.Attention",  # its place before timm 1.0.17
+    _EVA,
 )
 _MLP = ("timm.layers.mlp.Mlp", "timm.layers.mlp.GluMlp", "timm.layers.mlp.SwiGLU")
 
@@ -60,8 +62,10 @@ def examples() -> dict[str, Callable[[], tuple[nn.Module, Tensor]]]:
         "deit distilled": lambda: _tiny("deit_tiny_distilled_patch16_224", num_classes=10),
         # Registers, LayerScale, and a SwiGLU whose two halves are one linear.
         "dinov2": lambda: _tiny("vit_giant_patch14_reg4_dinov2"),
-        # Rotary embeddings, and a SwiGLU of two linears.
+        # Rotary embeddings, and a SwiGLU of two linears; as timm builds the small and the large ones.
         "dinov3": lambda: _tiny("vit_small_plus_patch16_dinov3"),
+        "dinov3, large": lambda: _tiny("vit_7b_patch16_dinov3"),
+        "eva02": lambda: _tiny("eva02_base_patch14_224", num_classes=10),
         "clip": lambda: _tiny("vit_base_patch16_clip_quickgelu_224", num_classes=10),
         # A head that pools by attention, with an MLP of its own.
         "siglip": lambda: _tiny("vit_base_patch16_siglip_224"),
@@ -105,6 +109,8 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     attn: Any = model.get_submodule(name)
     if full_name(attn) not in _ATTENTION:
         return f"{name}: attention of type {full_name(attn)} is not known to be cut exactly"
+    if getattr(attn, "q_bias", None) is not None:
+        return f"{name}: attention of type {full_name(attn)} has biases of q and v outside of its linear"
     heads, head_dim = int(attn.num_heads), int(attn.head_dim)
     width = heads * head_dim
     if getattr(attn, "num_kv_groups", 1) != 1:
@@ -116,9 +122,10 @@ def _attention(model: nn.Module, name: str, stage: int) -> AttentionLayer | str:
     refused: dict[str, str] = {}
     if not (_is_identity(attn.q_norm) and _is_identity(attn.k_norm)):
         refused["qk"] = "qk-norm normalises q and k over the channels of a head"
-    if type(attn).__name__ == "AttentionRope":
+    rope = getattr(model, "rope", None)
+    if type(attn).__name__ == "AttentionRope" or (full_name(attn) == _EVA and rope is not None):
         refused["qk"] = "rotary embeddings (RoPE) tie q and k channels in pairs"
-    if type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingMixed":
+    if type(rope).__name__ == "RotaryEmbeddingMixed":
         refused["head"] = "mixed rotary embeddings are learned for each head, outside of it"
     if not _is_identity(getattr(attn, "norm", None)):
         reason = "a norm over the attention output mixes all its channels"

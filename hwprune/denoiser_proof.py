@@ -24,6 +24,7 @@ from hwprune.denoiser_cost import DenoiserCost
 from hwprune.gating import Layout
 from hwprune.guards import hookless
 from hwprune.learning import Choice
+from hwprune.meter.estimate import Estimate
 from hwprune.prices import Price, keep_within
 from hwprune.realise import realise_
 from hwprune.units import Mask, Units
@@ -92,7 +93,15 @@ class Judge:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        return () if self.terms is None else self.terms.notes
+        if self.terms is None:
+            return ()
+        proof = self.proof or {}
+        unseen = {m: proof[m] for m in self.terms.shares if m in proof}
+        return self.terms.notes + tuple(
+            f"{metric} could not be measured ({found.reason}): its budget is kept as predicted"
+            for metric, found in unseen.items()
+            if not isinstance(found, Estimate)
+        )
 
 
 def _measured(
@@ -235,7 +244,7 @@ def settled(
     price, limit = priced(terms)
     keep = filled(terms, layout, keep, wanted, price, limit)
     order = ordered(keep, wanted)
-    best: tuple[float, Tensor] | None = None
+    best: tuple[bool, float, Tensor] | None = None  # whether its middle is within too, use, mask
     reached = ""
     for _ in range(ATTEMPTS):
         if terms.dense is None or bool(keep.all()):
@@ -243,11 +252,13 @@ def settled(
         proof = _measured(terms, model, units, layout.mask(keep))
         if not terms.use(proof):  # nothing could be measured, which the report says
             return terms, keep
-        used, kept = terms.use(proof), terms.kept(proof)
+        used, kept = terms.use(proof), terms.use(proof) <= 1
         reached = _reached(terms, proof)
-        if kept and (best is None or used > best[0]):
-            best = used, keep
-        if best is not None and (best[0] >= 1 - _CLOSE or not kept):
+        # One whose interval alone reaches the limit will do, but the finished model is measured anew.
+        score = (kept, used if kept else -used)
+        if terms.kept(proof) and (best is None or score > best[:2]):
+            best = (*score, keep)
+        if best is not None and best[0] and (best[1] >= 1 - _CLOSE or not kept):
             break
         terms = terms.corrected(layout, keep, proof)
         try:
@@ -268,7 +279,7 @@ def settled(
             f"up to {ATTEMPTS} masks were cut and timed, and none keeps the budget on this machine; the last: "
             f"{reached}; loosen the budget, or measure the device again with `hwprune profile`"
         )
-    return terms, best[1]
+    return terms, best[2]
 
 
 def proven(

@@ -67,7 +67,8 @@ class Machine:
     Attributes:
         off: what a model takes really, of what its operations say.
         rest_s: of what is no operation.
-        power_w: of every operation; None = there is no sensor.
+        power_w: of every operation; None = it was never measured.
+        sensor: whether energy can be measured now.
         costs: what it has measured: the operations of the last model that was counted.
         proofs: ratios measured so far.
         next: ratios to give instead of the truth, the first one first.
@@ -77,6 +78,7 @@ class Machine:
         self.off: Callable[[float], float] = lambda ratio: ratio
         self.rest_s = 0.0
         self.power_w: float | None = None
+        self.sensor = True
         self.costs: CostModel
         self.proofs: list[float] = []
         self.next: list[float] = []
@@ -95,7 +97,7 @@ class Machine:
         self.proofs.append(ratio)
         self.widths.append(sum(p.numel() for p in pruned.parameters()))
         latency = Estimate(ratio, 0.99 * ratio, 1.01 * ratio, 8)
-        energy = NO_SENSOR if self.power_w is None else Estimate(ratio, ratio, ratio, 8)
+        energy = Estimate(ratio, ratio, ratio, 8) if self.power_w and self.sensor else NO_SENSOR
         return {"latency": latency, "energy": energy}
 
 

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from hwprune.cli_diffusion import prune_diffusion
+from hwprune.cli_doctor import doctor
 from hwprune.cli_export import export
 from hwprune.cli_measure import measure
 from hwprune.cli_profile import devices, profile
@@ -121,6 +122,7 @@ app.command()(profile)
 app.command()(devices)
 app.command()(report)
 app.command()(export)
+app.command()(doctor)
 
 
 @app.command()

@@ -74,7 +74,13 @@ class Steps:
         return lambda done, total: self(step, done, total)
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *after: str) -> None:
+def show(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *after: str,
+    left: bool = False,
+) -> None:
     """Print a title, a table and lines to stdout.
 
     Args:
@@ -82,13 +88,14 @@ def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *afte
         header: column names; "" for all leaves the header out.
         rows: cells; the first column is text, the others are figures.
         after: lines below, wrapped.
+        left: the other columns are text too, whole words to a line.
     """
     console = Console(highlight=False, soft_wrap=False)
     # In a file there is no width to fit to but our own.
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     table = Table(box=SIMPLE, show_header=any(header), header_style="bold", pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i and not left else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as it is: a path may hold [brackets]
     console.print(title, style="bold", markup=False, overflow="fold")

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import nn
 
 from hwprune import checkpoint, opening, shards
-from hwprune.cli import app, main
+from hwprune.cli import main
 from hwprune.digits import digits_model
 
 pytest.importorskip("timm")
@@ -329,47 +328,6 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(
 
 
 # --- the program -------------------------------------------------------------------------------
-
-
-def test_importing_the_command_line_brings_neither_torch_nor_timm() -> None:
-    heavy = ("torch", "timm", "numpy", "scipy")
-    code = f"import sys, hwprune.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n", "hwprune --help must answer at once"
-
-
-def test_flags_are_the_agreed_ones() -> None:
-    agreed = {  # a new flag is a promise to every script
-        "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
-        "--round-to --timed-batch --class-map --format --device --seed --no-repair --force --json",
-        "eval": "--data --weights --class-map --batch --json",
-        "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
-        "--split --weights --against-weights --random-weights --seed --json",
-        "profile": "--out --minutes --device --batches --dtypes --threads --for --fresh --json",
-        **{"inspect": "--json", "devices": "--json", "report": "--with --open --json"},
-        "export": "--to --out --batch --weights --json",
-    }
-    group = typer.main.get_command(app)
-    found = {
-        name: {flag for p in command.params for flag in p.opts if flag.startswith("--")}
-        for name, command in group.commands.items()
-        if name != "prune-diffusion"  # tests/test_cli_diffusion.py
-    }
-    assert found == {name: set(flags.split()) for name, flags in agreed.items()}
-
-
-@pytest.mark.parametrize("words", [("--help",), (), ("prune", "--help"), ("inspect", "-h")])
-def test_help_is_on_stdout(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
-    ran = Ran(capsys, *words)
-    assert (ran.code, ran.err) == (0, "")
-    assert "Usage: hwprune" in ran.out and ESCAPE not in ran.out
-
-
-def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
-    from hwprune import __version__
-
-    assert Ran(capsys, "--version").out == f"hwprune {__version__}\n"
-    refused(Ran(capsys, "shrink"), "No such command 'shrink'")
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ pytest.importorskip(
 
 from fakes.denoiser_device import Machine, pruned, put_elsewhere, put_here, refused, seconds_of
 from fakes.tiny_diffusion import flow, tiny_dit
+from test_diffusion_families import opened
 
 Budget, UnreachableBudget = hwprune.Budget, hwprune.UnreachableBudget
 
@@ -133,6 +134,17 @@ def test_factors_of_the_modulation_are_in_what_is_measured(here: Machine) -> Non
     found = seconds_of(model) / seconds_of(tiny_dit())
     assert report.to_dict()["measured"]["latency_ratio"]["value"] == pytest.approx(found)
     assert found <= 0.85 and any(row["kind"] == "modulation" for row in report.layers)
+
+
+@pytest.mark.parametrize("which", ["dit.tiny_pixart", "mmdit.tiny", "mmdit.tiny_sd3", "sana.tiny"])
+def test_other_families_keep_a_budget_as_measured(here: Machine, which: str) -> None:
+    here.rest_s = 2e-5
+    model, conditions = opened(which)
+    asked = {"updates": 6, "images": 4, "batch": 2, "kinds": ["head", "neuron", "depth"]}
+    report = hwprune.prune_diffusion(
+        model, conditions, Budget(latency=0.8), profile="FAKE", **asked
+    )
+    assert 0.7 < report.to_dict()["measured"]["latency_ratio"]["value"] <= 0.8
 
 
 def test_this_machine_measures_for_real(

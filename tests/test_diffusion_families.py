@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import hwprune
-from hwprune.conditions import Conditions, _portion, timed
+from hwprune.conditions import Conditions, timed
+from hwprune.prompt_inputs import _portion
 from hwprune.teacher import Sampler, draw
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")

@@ -135,10 +135,9 @@ def inspect(
         check_json(json)
         steps("read the folder", 0, 1)
 
-        from hwprune.checkpoint import read_folder
         from hwprune.structure import describe
 
-        found = describe(read_folder(folder))
+        found = describe(folder)
         if json is not None:
             write_json(json, found)
     if json != STDOUT:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from hwprune import families
-from hwprune.checkpoint import Folder, empty_model
+from hwprune.checkpoint import empty_model, library_of, read_folder
 from hwprune.cost import Structure, count_macs, dense_structure, layer_params
 from hwprune.families.vision_units import linears_of
+from hwprune.images import input_size
 from hwprune.timm_base import create_empty
+from hwprune.transformers_checkpoint import empty_models
 from hwprune.units import AttentionLayer, Layer, get_linear
 
 
-def describe(found: Folder) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, Any]:
     """The structure and the provenance of a folder, JSON-able.
 
     Args:
-        found: from `hwprune.checkpoint.read_folder`.
+        folder: written by `hwprune.save`, of timm or of transformers.
 
     Returns:
         format ("pruned" or "dense"); base; params and macs of the model in the folder, dense_params and
@@ -31,21 +34,22 @@ def describe(found: Folder) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder describes a model that cannot be built, or does not fit its tensors.
     """
-    spec, report = found.spec, found.spec["report"]
-    zeroed = spec.get("zeroed") or {}
-    held, dense = empty_model(found), create_empty(spec, found.cfg)
+    if library_of(folder) == "transformers":
+        spec, held, dense, stored_bytes = empty_models(folder)
+        size: Sequence[int] = input_size(dense)
+    else:
+        found = read_folder(folder)
+        spec, stored_bytes, size = found.spec, found.stored_bytes, found.cfg["input_size"]
+        held, dense = empty_model(found), create_empty(spec, found.cfg)
+    report, zeroed = spec["report"], spec.get("zeroed") or {}
     layers, left = families.of(dense).find_layers(dense)
     params, dense_params = _params(held), _params(dense)
-    dense_macs = report.get("dense_macs") or _macs(dense, found.cfg["input_size"])
-    macs = (
-        dense_macs
-        if not spec["shape"]
-        else report.get("macs") or _macs(held, found.cfg["input_size"])
-    )
+    dense_macs = report.get("dense_macs") or _macs(dense, size)
+    macs = dense_macs if not spec["shape"] else report.get("macs") or _macs(held, size)
     rows = [_row(dense, layer, spec["shape"] or zeroed) for layer in layers]
     asked = ("budget", "distortion", "calibration", "seconds", "warnings", "environment")
     return {
-        "folder": str(found.path),
+        "folder": str(folder),
         "format": "dense" if zeroed else "pruned",
         "base": spec["base"],
         "kinds": spec["kinds"],
@@ -55,7 +59,7 @@ def describe(found: Folder) -> dict[str, Any]:
         "params": params,
         "dense_params": dense_params,
         "params_ratio": params / dense_params,
-        "bytes": found.stored_bytes,
+        "bytes": stored_bytes,
         "layers": rows,
         "left_dense": left,
         "provenance": {key: report[key] for key in asked if key in report},

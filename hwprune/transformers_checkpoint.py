@@ -169,20 +169,7 @@ def _load_pruned(
         folder / named
     ).exists():  # after `save_pretrained` of a pruned model: in transformers' own names
         return _noted(_load_dense(cls, folder), entry, folder)
-    stored, headers = shards.read_headers(folder, STEM)
-    check_agreement(entry, headers, folder)
-    check_config(config, len(stored) + 64 * (1 + len(entry["shape"])), file)
-    with torch.device("meta"):
-        model = build(cls, config, file)
-    size = sum(path.stat().st_size for path in {found.file for found in stored.values()})
-    dense_bytes = sum(p.nbytes for p in model.parameters())
-    if dense_bytes > 64 * size + _GIGABYTE:
-        raise CheckpointError(
-            f"{folder}: describes a dense model of {dense_bytes / _GIGABYTE:.3g} GB for "
-            f"{size / _GIGABYTE:.3g} GB of tensors; refused"
-        )
-    shape_(model, entry["shape"], str(folder))
-    check_stored(model, stored, folder)
+    model, stored = empty_pruned(cls, config, entry, folder)
     tensors = shards.read_tensors(stored)
     check_types(model, tensors)
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -196,6 +183,57 @@ def _load_pruned(
             value = built.get_buffer(name)
             model.get_submodule(parent).register_buffer(key, value, persistent=False)
     return _noted(model, entry, folder)
+
+
+def empty_pruned(
+    cls: Any, config: Mapping[str, Any], entry: PrunedConfig, folder: Path
+) -> tuple[nn.Module, dict[str, Stored]]:
+    """The model a folder describes, on the meta device, and where its tensors lie, which fit it.
+
+    Raises:
+        CheckpointError: the structure cannot be built, or does not fit the tensors.
+    """
+    stored, headers = shards.read_headers(folder, STEM)
+    check_agreement(entry, headers, folder)
+    check_config(config, len(stored) + 64 * (1 + len(entry["shape"])), folder / "config.json")
+    with torch.device("meta"):
+        model = build(cls, config, folder / "config.json")
+    size = sum(path.stat().st_size for path in {found.file for found in stored.values()})
+    dense_bytes = sum(p.nbytes for p in model.parameters())
+    if dense_bytes > 64 * size + _GIGABYTE:
+        raise CheckpointError(
+            f"{folder}: describes a dense model of {dense_bytes / _GIGABYTE:.3g} GB for "
+            f"{size / _GIGABYTE:.3g} GB of tensors; refused"
+        )
+    shape_(model, entry["shape"], str(folder))
+    check_stored(model, stored, folder)
+    return model, stored
+
+
+def empty_models(folder: Path) -> tuple[dict[str, Any], nn.Module, nn.Module, int]:
+    """What a folder holds without its weights: spec, the model in it, its dense one, bytes of its tensors.
+
+    Raises:
+        CheckpointError: as `load_transformers`, as far as it shows without the tensors.
+    """
+    file = folder / "config.json"
+    config = shards.read_json(file)
+    cls, entry = class_of(config, file), pruned_entry(config)
+    with torch.device("meta"):
+        dense = build(cls, config, file)
+    if entry is not None and not any((folder / n).exists() for n in (shards.SINGLE, shards.INDEX)):
+        held, stored = empty_pruned(cls, config, entry, folder)
+    else:
+        held, stored = dense, shards.read_headers(folder)[0]
+        if entry is not None:
+            with torch.device("meta"):
+                held = build(cls, config, file)
+            shape_(held, entry["shape"], str(folder))
+    size = sum(path.stat().st_size for path in {found.file for found in stored.values()})
+    for model in (dense, _noted(held, entry or PrunedConfig(shape={}, kinds=[]), folder)):
+        named: Any = model.config
+        named.name_or_path = str(folder)
+    return vars(held)["hwprune_spec"], held, dense, size
 
 
 def shape_(model: nn.Module, shape: Mapping[str, Any], where: str) -> None:

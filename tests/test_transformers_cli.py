@@ -73,6 +73,25 @@ def test_the_pruned_folder_is_evaluated_as_the_dense_one(place: Path, pruned: Pa
     assert small["macs"] <= 0.7 * dense["macs"] and small["params"] < dense["params"]
 
 
+def test_inspect_tells_layer_by_layer_what_is_left(place: Path, pruned: Path) -> None:
+    found = []
+    for folder in (place / "model", pruned):
+        assert run("inspect", folder, "--json", place / "inspect.json") == 0
+        found.append(json.loads((place / "inspect.json").read_text()))
+    dense, small = found
+    assert dense["macs"] == small["dense_macs"] and dense["macs_ratio"] == 1
+    told = json.loads((place / "prune.json").read_text())
+    assert (small["macs_ratio"], small["params_ratio"]) == (
+        told["macs_ratio"],
+        told["params_ratio"],
+    )
+    model = hwprune.load(pruned)
+    for row in small["layers"]:
+        held = sum(p.numel() for p in model.get_submodule(row["layer"]).parameters())
+        assert row["params"] == held
+    assert small["base"]["architecture"] == "ViTForImageClassification"
+
+
 def test_pruning_what_is_pruned_is_refused(
     place: Path, pruned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

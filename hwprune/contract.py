@@ -99,7 +99,8 @@ def contract(
         first = asked[0] if asked else "memory"
         raise ValueError(f"budget {first}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
     notes: list[str] = []
-    pricer, timed, tiles = None, False, ()
+    pricer, timed = None, False
+    tiles: tuple[tuple[int, int], ...] = ()
     if asked:
         pricer, timed, counted = _timing(model, device, x, asked[0], notes)
         if "energy" in asked and pricer.without_energy:  # before the long work

@@ -8,7 +8,7 @@ dense model, so totals agree with an independent count of the realised model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ class Structure:
         v: kept channels of v in each head.
         neurons: kept hidden neurons of an MLP.
         weights: linear name -> stored weights, for layers cut by blocks (whole tiles count).
-        tiles: linear name -> (rows, cols) of its tiles; those of `weights` that it leaves out are dense.
+        tiles: linear name -> (rows, cols) of its tiles, for linears that run as tiles: those of `weights`, and
+            of a layer cut in whole units those that keep every tile of what is left, because a device is
+            faster so. Names are those of the realised layer.
     """
 
     heads: int | None = None
@@ -96,6 +98,38 @@ def input_rows(layer: Layer) -> list[tuple[Rows, str]]:
     return [(rows, "neurons") for rows in layer.inputs]
 
 
+def cut_linears(model: nn.Module, layer: Layer, keep: Structure) -> list[tuple[str, int, int]]:
+    """(name, outputs, inputs) of the linears of a layer once whole units are gone; none if it is emptied."""
+    wide = _inner(keep)
+    if not wide:
+        return []
+    sums: dict[str, int] = {}
+    for rows, field in input_rows(layer):
+        sums[rows.linear] = sums.get(rows.linear, 0) + _width(keep, field)
+    found = [(name, rows, get_linear(model, name).in_features) for name, rows in sums.items()]
+    out = layer.out
+    if isinstance(layer, AttentionLayer) and not is_dense(layer, keep):
+        # A cut attention has one fused projection, whatever the dense one had.
+        found = [(f"{layer.name}.qkv", sum(sums.values()), found[0][2])]
+        out = f"{layer.name}.proj"
+    return [*found, (out, get_linear(model, layer.out).out_features, wide)]
+
+
+def is_dense(layer: Layer, keep: Structure) -> bool:
+    """Whether nothing is removed, however it runs."""
+    return keep.weights is None and replace(keep, tiles=None) == dense_structure(layer)
+
+
+def _padding(model: nn.Module, layer: Layer, keep: Structure) -> int:
+    """Weights that are stored beyond those of linears which keep every tile: border tiles are whole."""
+    more, tiles = 0, keep.tiles or {}
+    for name, rows, columns in cut_linears(model, layer, keep) if tiles else ():
+        if name in tiles:
+            height, width = tiles[name]
+            more += -(-rows // height) * height * (-(-columns // width) * width) - rows * columns
+    return more
+
+
 def layer_params(model: nn.Module, layer: Layer, keep: Structure) -> int:
     """Parameters of one layer; an emptied layer keeps its output bias."""
     out = get_linear(model, layer.out)
@@ -115,11 +149,11 @@ def layer_params(model: nn.Module, layer: Layer, keep: Structure) -> int:
         return bias if bias else out.out_features
     total += wide * out.out_features
     biased = [get_linear(model, rows.linear).bias is not None for rows, _ in input_rows(layer)]
-    if isinstance(layer, AttentionLayer) and keep != dense_structure(layer):
+    if isinstance(layer, AttentionLayer) and not is_dense(layer, keep):
         biased = [any(biased)] * 3  # q, k and v are one linear then
     for (rows, field), bias_too in zip(input_rows(layer), biased, strict=True):
         total += _width(keep, field) * (get_linear(model, rows.linear).in_features + bias_too)
-    return total
+    return total + _padding(model, layer, keep)
 
 
 def layer_macs(model: nn.Module, layer: Layer, keep: Structure, tokens: int) -> float:
@@ -137,7 +171,7 @@ def layer_macs(model: nn.Module, layer: Layer, keep: Structure, tokens: int) -> 
     macs = tokens * wide * get_linear(model, layer.out).out_features
     for rows, field in input_rows(layer):
         macs += tokens * _width(keep, field) * get_linear(model, rows.linear).in_features
-    return float(products + macs)
+    return float(products + macs + tokens * _padding(model, layer, keep))
 
 
 def _width(keep: Structure, field: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,8 +50,13 @@ def cut_(
     repair: bool,
     seconds: dict[str, float],
     progress: StepProgress | None,
+    *,
+    tiles: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[Shape, float]:
-    """Rotate, re-fit and realise; returns the shape and the mean distortion on the batches."""
+    """Rotate, re-fit and realise; returns the shape and the mean distortion on the batches.
+
+    With `tiles` linears are stored as tiles although none of theirs is dropped (see `realise_`).
+    """
     classifier = is_classifier(model)
     with torch.inference_mode():
         dense_out = [model_output(model, b).clone() for b in batches]
@@ -73,7 +78,7 @@ def cut_(
     with torch.inference_mode():
         before = model_output(model, batches[0]).clone()
     with timed(seconds, "realise"):
-        shape = realise_(model, analysis.units, mask)
+        shape = realise_(model, analysis.units, mask, tiles)
     with timed(seconds, "check"), torch.inference_mode():
         outs = [model_output(model, b) for b in batches]
         _check_same(before, outs[0])

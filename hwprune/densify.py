@@ -8,6 +8,7 @@ summation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hwprune.cost import input_rows
 from hwprune.layers import BlockSparseLinear, ConstantBranch, SlimAttention
 from hwprune.realise import Shape
+from hwprune.route import dense_layer
 from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, get_linear
 
 State = dict[str, Tensor]
@@ -41,6 +43,7 @@ def dense_state(
         ValueError: the shape does not fit, or a bias of the pruned model has no place in the dense.
     """
     by_name = {layer.name: layer for layer in layers}
+    model, shape = _without_inner_tiles(model, shape)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, entry in shape.items():
         module = model.get_submodule(name)
@@ -60,6 +63,19 @@ def dense_state(
             fresh |= _kept(state, dense, name, fresh)
         state = {k: v for k, v in state.items() if not k.startswith(f"{name}.")} | fresh
     return _ordered(state, dense)
+
+
+def _without_inner_tiles(model: nn.Module, shape: Shape) -> tuple[nn.Module, Shape]:
+    """The model with dense linears inside of layers cut in whole units; the model itself where it has them."""
+    inner = [name for name in shape if any(name.startswith(f"{other}.") for other in shape)]
+    if not inner:
+        return model, shape
+    model = copy.deepcopy(model)
+    for name in inner:
+        module = model.get_submodule(name)
+        assert isinstance(module, BlockSparseLinear)
+        model.set_submodule(name, dense_layer(module))
+    return model, {name: entry for name, entry in shape.items() if name not in inner}
 
 
 def _ordered(state: State, dense: nn.Module) -> State:

@@ -8,10 +8,11 @@ norm's output, and what the widest step of attention or MLP reads and writes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from hwprune.cost import Structure, dense_structure, input_rows
+from hwprune.cost import Structure, cut_linears, dense_structure, input_rows
 from hwprune.operations import count_operations, layer_operations, stored_tiles
 from hwprune.ops import DTYPES, Op
 from hwprune.units import AttentionLayer, Layer, get_linear
@@ -39,6 +40,14 @@ def layer_weight_bytes(model: nn.Module, layer: Layer, keep: Structure) -> int:
     Raises:
         ValueError: stored weights that are no whole number of tiles.
     """
+    if keep.weights is None and keep.tiles:
+        plain = replace(keep, tiles=None)
+        size = get_linear(model, layer.out).weight.element_size()
+        return layer_weight_bytes(model, layer, plain) + sum(
+            _stored_bytes(rows, columns, keep.tiles[name], size) - rows * columns * size
+            for name, rows, columns in cut_linears(model, layer, plain)
+            if name in keep.tiles
+        )
     module = model.get_submodule(layer.name)
     whole = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     if keep == dense_structure(layer):
@@ -78,13 +87,20 @@ def layer_weight_bytes(model: nn.Module, layer: Layer, keep: Structure) -> int:
 
 
 def _tile_bytes(linear: nn.Linear, name: str, keep: Structure) -> int:
-    """The weight of a linear of stored tiles; one that keeps all stays dense."""
+    """The weight of a linear of stored tiles, or of a dense one."""
     size, tiled = linear.weight.element_size(), stored_tiles(linear, name, keep)
     if tiled is None:
         return linear.weight.numel() * size
-    kept, block = tiled
-    rows = -(-linear.out_features // block[0])
-    return kept * block[0] * block[1] * size + _INDEX_BYTES * (kept + 1 + rows + 1 + rows)
+    return _stored_bytes(linear.out_features, linear.in_features, tiled[1], size, tiled[0])
+
+
+def _stored_bytes(
+    outputs: int, inputs: int, tile: tuple[int, int], size: int, kept: int | None = None
+) -> int:
+    """A weight of so many tiles (None = all) and their indices."""
+    rows = -(-outputs // tile[0])
+    count = rows * -(-inputs // tile[1]) if kept is None else kept
+    return count * tile[0] * tile[1] * size + _INDEX_BYTES * (count + 1 + rows + 1 + rows)
 
 
 def plan_weight_bytes(

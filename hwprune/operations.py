@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hwprune.cost import Structure, dense_structure, input_rows
+from hwprune.cost import Structure, cut_linears, dense_structure, input_rows
 from hwprune.layers import BlockSparseLinear
 from hwprune.module_ops import activation, is_attention, op_of, pointwise
 from hwprune.ops import Op
@@ -194,24 +194,15 @@ def layer_operations(
 
 def _cut(model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str) -> list[Op]:
     """The linears of a layer with whole units gone."""
-    sums: dict[str, int] = {}
-    for rows, field in input_rows(layer):
-        if field == "neurons":
-            width = keep.neurons or 0
+    found = []
+    for name, rows, columns in cut_linears(model, layer, keep):
+        tile = (keep.tiles or {}).get(name)
+        if tile is None:
+            found.append(Op("linear", (m, rows, columns), dtype))
         else:
-            width = (keep.heads or 0) * ((keep.qk if field == "qk" else keep.v) or 0)
-        sums[rows.linear] = sums.get(rows.linear, 0) + width
-    first = get_linear(model, next(iter(sums)))
-    found = [
-        Op("linear", (m, wide, get_linear(model, name).in_features), dtype)
-        for name, wide in sums.items()
-    ]
-    if isinstance(layer, AttentionLayer) and keep != dense_structure(layer):
-        # A cut attention has one fused projection, whatever the dense one had.
-        found = [Op("linear", (m, sum(sums.values()), first.in_features), dtype)]
-    out = get_linear(model, layer.out)
-    inner = keep.neurons if keep.neurons is not None else (keep.heads or 0) * (keep.v or 0)
-    return [*found, Op("linear", (m, out.out_features, inner), dtype)]
+            grid = -(-rows // tile[0]) * -(-columns // tile[1])
+            found.append(Op.tiles((m, rows, columns), dtype, tile, grid))
+    return found
 
 
 def stored_tiles(
@@ -234,7 +225,7 @@ def stored_tiles(
         raise ValueError(
             f"{name}: expected 0 to {grid} whole tiles of {block}, got {stored} weights"
         )
-    return None if kept == grid else (kept, block)
+    return kept, block
 
 
 def _tiled(model: nn.Module, layer: Layer, keep: Structure, m: int, dtype: str) -> list[Op]:

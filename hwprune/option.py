@@ -37,9 +37,9 @@ class Option:
 
 
 def dense_option(options: Sequence[Option]) -> Option:
-    """The option that keeps everything: the dearest of those that lose nothing."""
+    """The option that keeps everything as it is: no tiles, and the dearest of those that lose nothing."""
     lossless = (o for o in options if o.distortion <= 0)
-    return max(lossless, key=lambda o: (o.macs, o.params, not o.structure.tiles))
+    return max(lossless, key=lambda o: (not o.structure.tiles, o.macs, o.params))
 
 
 def pareto(options: Sequence[Option], limited: Sequence[str] = ("macs", "params")) -> list[Option]:

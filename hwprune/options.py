@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hwprune.block_options import block_groups, combined
+from hwprune.block_options import block_groups, combined, run_by_tiles, tile_of
 from hwprune.cost import ModelCost, Structure, layer_macs, layer_params
 from hwprune.distortion import Curve
 from hwprune.option import Option, dense_option, pareto
@@ -169,7 +169,10 @@ def all_options(
         ) -> list[Option]:
             return _priced(model, layer, options, tokens, pricer, memory)
 
-        per_linear = [priced(group) for group in block_groups(model, blocks, gain, tokens)]
+        timed = pricer is not None
+        per_linear = [
+            priced(group) for group in block_groups(model, blocks, gain, tokens, timed=timed)
+        ]
         if not structured:
             groups += [(layer, group) for group in per_linear]
             continue
@@ -180,6 +183,9 @@ def all_options(
             (curve,) = structured.values()
             options = _neuron_options(model, layer, curve, gain, tokens, round_to)
         options = [replace(o, keep={**every, **o.keep}) for o in priced(options)]
+        if pricer is not None and blocks:
+            sizes = list(dict.fromkeys(tile_of(curve) for curve in blocks))
+            options += priced(run_by_tiles(model, layer, options, tokens, pricer, sizes))
         if per_linear:
             options += combined(per_linear, dense_option(options), metrics)
         groups.append((layer, options))

@@ -57,6 +57,11 @@ class Plan:
         return self.params / self.dense_params
 
     @property
+    def tiles(self) -> dict[str, tuple[int, int]]:
+        """linear -> (rows, columns) of its tiles, for all that run as tiles; names of the realised model."""
+        return {n: t for found in self.structure.values() for n, t in (found.tiles or {}).items()}
+
+    @property
     def memory_bytes(self) -> float | None:
         """Weights and activations at the worst moment, where memory was asked for."""
         if self.weight_bytes is None or self.activation_bytes is None:

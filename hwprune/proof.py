@@ -23,7 +23,7 @@ _CLOSE = 0.03  # of the budget left unused that is not worth another try
 def settle(
     terms: Contract | None,
     solve: Callable[[Mapping[str, float]], tuple[Plan, Mask]],
-    shaped: Callable[[Mask], nn.Module],
+    shaped: Callable[[Plan, Mask], nn.Module],
 ) -> tuple[Plan, Mask]:
     """A plan that keeps its budget as measured, and uses it: within 3 % where a few tries find one.
 
@@ -48,9 +48,9 @@ def settle(
             if best is None and not reached:
                 raise
             break
-        if terms is None or terms.dense is None or all(bool(grid.all()) for grid in mask.values()):
+        if terms is None or terms.dense is None or is_dense(plan, mask):
             return plan, mask
-        proof = measured(shaped(mask), terms, set(plan.limits))
+        proof = measured(shaped(plan, mask), terms, set(plan.limits))
         used = use(proof, plan)
         if not used:  # nothing could be measured, which the report says
             return plan, mask
@@ -66,7 +66,11 @@ def settle(
         raise UnreachableBudget(
             f"{ATTEMPTS} plans were cut and measured, and none keeps the budget on this machine; the last: "
             f"{reached}; loosen the budget"
-            + (", or measure the device again with `hwprune profile`" if terms and terms.timed else "")
+            + (
+                ", or measure the device again with `hwprune profile`"
+                if terms and terms.timed
+                else ""
+            )
         )
     return best[1], best[2]
 
@@ -88,6 +92,11 @@ def measured(pruned: nn.Module, terms: Contract, metrics: set[str] | None = None
         return prove(pruned, terms.dense, terms.x) | found
     reason = "; ".join(terms.notes) or "neither latency nor energy was asked for"
     return {metric: Unavailable(reason) for metric in ON_A_DEVICE} | found
+
+
+def is_dense(plan: Plan, mask: Mask) -> bool:
+    """Whether a plan leaves the model as it is: nothing is removed, and no linear runs another way."""
+    return not plan.tiles and all(bool(grid.all()) for grid in mask.values())
 
 
 def use(proof: Mapping[str, Any], plan: Plan) -> dict[str, float]:

@@ -27,7 +27,7 @@ from hwprune.cutting import cut_, undone_on_failure
 from hwprune.lpvit_plan import check_lpvit
 from hwprune.plan import Plan
 from hwprune.planning import Planner
-from hwprune.proof import proven, settle
+from hwprune.proof import is_dense, proven, settle
 from hwprune.realise import Shape, realise_
 from hwprune.report import Report, environment
 from hwprune.report_rows import curve_rows, layer_rows, tile_rows
@@ -37,6 +37,7 @@ from hwprune.units import Mask
 __all__ = ["Analysis", "analyse", "prune"]
 
 REFINE = 0  # plans to try
+TILE = (32, 32)  # of the kind block, where nothing else is said
 
 
 def prune(
@@ -70,8 +71,8 @@ def prune(
             says that tiles are faster than as many multiply-accumulates of smaller dense layers.
         objective: what is least: "second-order", the curves' distortion; or "lpvit": the tiles (kind block)
             that LPViT's paper keeps at a budget of macs; without repair this is LPViT as published.
-        refine: other plans to try on images, of which the truly best is kept; each costs about a forward pass
-            over a quarter of the images, which the curves then do not see. 0 = take the curves' word.
+        refine: other plans to try on up to 128 of the images, of which the truly best is kept; each costs
+            about a forward pass over them. 0 = take the curves' word.
         repair: re-fit what is kept in closed form.
         seed: of the calibration probe.
         block: tile size for the kind block; None = those sizes that the device's profile says pay, side by
@@ -106,11 +107,10 @@ def prune(
         model,
         batches,
         kinds=kinds,
-        block=block or (32, 32),
-        tiles=_tiles(terms, kinds, block),
+        block=block or TILE,
+        tiles=tiles_of(terms, kinds, block),
         objective=objective,
         seed=seed,
-        hold_out=tries > 0,
         progress=progress,
     )
     if analysis.objective != objective:
@@ -133,38 +133,57 @@ def prune(
         with timed(seconds, "refine"):
             tried = planner.refined(batches, tries, seed, progress)
 
+    every = analysis.units
+
     def solve(scale: Mapping[str, float]) -> tuple[Plan, Mask]:
         with timed(seconds, "allocate"):
             return planner.solve(scale)
 
-    def shaped(mask: Mask) -> nn.Module:
+    def shaped(plan: Plan, mask: Mask) -> nn.Module:
         assert terms is not None and terms.dense is not None
         trial = copy.deepcopy(terms.dense)
-        realise_(trial, analysis.units, mask)
+        realise_(trial, every, mask, plan.tiles)
         return trial
 
     with timed(seconds, "contract"):
         plan, mask = settle(terms, solve, shaped)
-    units, mask = in_use(analysis.units, mask)
+    units, mask = in_use(every, mask)
     analysis = replace(
         analysis, units=units, curves={n: c for n, c in analysis.curves.items() if n in mask}
     )
-    job = _Job(analysis, plan, mask, budget, base, seconds, seed, terms, tried, energy_weight)
-    if all(bool(grid.all()) for grid in mask.values()):
+    allowed = tuple(dict.fromkeys(unit.kind for unit in every))
+    job = _Job(
+        analysis, plan, mask, budget, base, seconds, seed, terms, tried, energy_weight, allowed
+    )
+    if is_dense(plan, mask):
         return _finish(model, job, {}, batches, 0.0, None)
     with undone_on_failure(model):
-        shape, distance = cut_(model, analysis, mask, batches, repair, seconds, progress)
+        shape, distance = cut_(
+            model, analysis, mask, batches, repair, seconds, progress, tiles=plan.tiles
+        )
         with timed(seconds, "prove"):
             proof = None if terms is None else proven(model, terms, plan)
         return _finish(model, job, shape, batches, distance, proof)
 
 
-def _tiles(
+def tiles_of(
     terms: Contract | None, kinds: Sequence[str] | None, block: tuple[int, int] | None
 ) -> tuple[tuple[int, int], ...]:
-    """The tile sizes to choose from, beside the kinds."""
+    """The tile sizes to choose from side by side: those that pay on the device, unless one was asked for."""
     wanted = block is None and (kinds is None or "block" in kinds)
     return terms.tiles if wanted and terms is not None else ()
+
+
+def _unchanged(plan: Plan, mask: Mask) -> tuple[str, ...]:
+    """What to say where no unit was removed."""
+    if not all(bool(grid.all()) for grid in mask.values()):
+        return ()
+    if plan.tiles:
+        return (
+            f"no weight was removed: {len(plan.tiles)} linears stored as tiles, which this device runs faster, "
+            "keep the budget",
+        )
+    return ("the budget allows the dense model: nothing was removed",)
 
 
 @dataclass(frozen=True)
@@ -181,6 +200,7 @@ class _Job:
     terms: Contract | None
     tried: tuple[Mapping[str, Any], ...] = ()
     energy_weight: float = 0.0
+    kinds: tuple[str, ...] = ()
 
 
 def _finish(
@@ -202,11 +222,10 @@ def _finish(
                 f"the realised model has {metric} {got:.6g}, the budget allows {limit:.6g}; please report "
                 "this model"
             )
-    kinds = tuple(dict.fromkeys(u.kind for u in analysis.units))
     statistics = analysis.statistics
     report = Report(
         job.budget.given,
-        kinds,
+        job.kinds,
         macs,
         params,
         plan.dense_macs,
@@ -225,8 +244,7 @@ def _finish(
             "seed": job.seed,
         },
         job.seconds,
-        (() if terms is None else terms.notes)
-        + (() if shape else ("the budget allows the dense model: nothing was removed",)),
+        (() if terms is None else terms.notes) + _unchanged(plan, job.mask),
         environment(batches[0].device),
         {} if terms is None else told(terms, plan, proof),
         tuple(tile_rows(analysis.units, job.mask)),
@@ -238,7 +256,7 @@ def _finish(
         "version": 1,
         "base": job.base,
         "shape": shape,
-        "kinds": list(kinds),
+        "kinds": list(job.kinds),
         "report": report.to_dict(),
     }
     note_spec(model, spec)

@@ -94,13 +94,20 @@ def _layer_masks(units: Sequence[Units], mask: Mask) -> dict[str, dict[str, Tens
 
 
 @torch.no_grad()
-def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
+def realise_(
+    model: nn.Module,
+    units: Sequence[Units],
+    mask: Mask,
+    tiles: Mapping[str, tuple[int, int]] | None = None,
+) -> Shape:
     """Make the model physically smaller, in place.
 
     Args:
         model: as for `masked`.
         units: the units the mask is about.
         mask: True = keep.
+        tiles: linear name, as in the realised model -> (rows, columns): linears to store as tiles although
+            none of theirs is dropped, because a device runs them faster so; those that are tiles are left.
 
     Returns:
         The shape of every rebuilt layer, for `reshape_` and for files.
@@ -113,9 +120,9 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
     check_mask(units, mask)
     mask = {**full_mask(units), **mask}
     by_layer = _layer_masks(units, mask)
-    if not by_layer:
+    if not by_layer and not tiles:
         raise ValueError("realise: the mask keeps everything, so there is nothing to remove")
-    tiles = {
+    cut_by = {
         u.slices[0].param.removesuffix(".weight"): u.slices[0].tile
         for u in units
         if u.kind == "block" and not bool(mask[u.name].all())  # one of several sizes, at most
@@ -130,7 +137,7 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
             raise ValueError(f"{layer.name}: cut by blocks and by whole units at once; choose one")
         if not structured:
             for name, grid in grids.items():
-                block = tiles[name]
+                block = cut_by[name]
                 assert block is not None
                 linear = get_linear(model, name)
                 sparse = BlockSparseLinear.from_dense(linear, grid, block)
@@ -140,6 +147,20 @@ def realise_(model: nn.Module, units: Sequence[Units], mask: Mask) -> Shape:
             shape[layer.name] = _cut_attention(model, layer, structured)
         else:
             shape[layer.name] = _cut_mlp(model, layer, structured["neuron"])
+    return shape | _tile(model, tiles or {})
+
+
+def _tile(model: nn.Module, tiles: Mapping[str, tuple[int, int]]) -> Shape:
+    """Store linears that are still dense as tiles, every one of them kept: the same function."""
+    shape: Shape = {}
+    for name, tile in tiles.items():
+        if isinstance(model.get_submodule(name), BlockSparseLinear):
+            continue
+        linear = get_linear(model, name)
+        grid = -(-linear.out_features // tile[0]), -(-linear.in_features // tile[1])
+        every = torch.ones(grid, dtype=torch.bool)
+        _replace(model, name, BlockSparseLinear.from_dense(linear, every, tile))
+        shape[name] = {"type": "block", "block": list(tile), "kept": every.numel()}
     return shape
 
 
@@ -273,10 +294,10 @@ def reshape_(model: nn.Module, layers: Sequence[AnyLayer], shape: Shape) -> None
     by_name = {
         layer.name: layer for layer in layers if isinstance(layer, AttentionLayer | MlpLayer)
     }
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, entry in shape.items():
+    # A layer before its own linears, which are those of the smaller layer.
+    for name, entry in sorted(shape.items()):
         kind = entry.get("type")
-        if kind == "block" and name in linears:
+        if kind == "block" and _is_linear(model, name):
             _reshape_block(model, name, entry)
         elif name not in by_name or kind not in ("attention", "mlp", "constant"):
             raise ValueError(f"{name}: the file's shape {entry!r} fits no layer of this model")
@@ -284,6 +305,13 @@ def reshape_(model: nn.Module, layers: Sequence[AnyLayer], shape: Shape) -> None
             _constant(model, by_name[name])
         else:
             _reshape_layer(model, by_name[name], entry)
+
+
+def _is_linear(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name), nn.Linear)
+    except AttributeError:
+        return False
 
 
 def _size(name: str, entry: Mapping[str, Any], key: str, limit: int) -> int:

@@ -79,14 +79,17 @@ def _row(dense: nn.Module, layer: Layer, shape: Mapping[str, Any]) -> dict[str, 
     """One layer: what is kept of what."""
     full = dense_structure(layer)
     entry = shape.get(layer.name)
-    sides: list[int] = next((shape[n]["block"] for n in linears_of(layer) if n in shape), [])
+    first: list[int] = next((shape[n]["block"] for n in linears_of(layer) if n in shape), [])
+    # A layer cut in whole units may store all that is left as tiles.
+    sides = first if entry is None else []
     tiles, weights = [0, 0], {}
     for name in linears_of(layer) if sides else ():
         size = get_linear(dense, name).weight.shape
-        whole = math.prod(-(-n // side) for n, side in zip(size, sides, strict=True))
+        mine = shape[name]["block"] if name in shape else sides
+        whole = math.prod(-(-n // side) for n, side in zip(size, mine, strict=True))
         kept_tiles = shape[name]["kept"] if name in shape else whole
         tiles = [tiles[0] + kept_tiles, tiles[1] + whole]
-        weights[name] = kept_tiles * math.prod(sides) if name in shape else math.prod(size)
+        weights[name] = kept_tiles * math.prod(mine) if name in shape else math.prod(size)
     if entry is None:
         kept = Structure(weights=weights) if sides else full
     elif isinstance(layer, AttentionLayer):

@@ -14,7 +14,7 @@ from fakes.knapsacks import problem
 from fakes.profiles import profile_of
 from torch import nn
 
-from hwprune.allocate import Budget, Choices, Plan, offer, select
+from hwprune.allocate import Budget, Choices, offer, select
 from hwprune.block_options import block_groups, combined
 from hwprune.checkpoint import describe_base, load, save
 from hwprune.cost import Structure, dense_structure
@@ -62,8 +62,7 @@ class Device:
         self.seconds = seconds
         whole = sum(map(seconds, count_operations(model, image(BATCH), partly=True).ops))
         self.dense = Prediction(whole, whole, whole, None, "hit")
-        name = type("Named", (), {"name": "FAKE"})
-        self.network = type("N", (), {"costs": type("C", (), {"profile": name})})
+        self.without_energy = "FAKE has no energy figures"
 
     def price(
         self, model: nn.Module, layer: Layer, keep: Structure, tokens: int
@@ -77,14 +76,6 @@ def table(model: nn.Module, seconds: Speed, kinds: tuple[str, ...] | None, seed:
     curves, cost = problem(model, units, seed, image())
     device: Any = Device(seconds, model)
     return offer(model, curves, cost, pricer=device)
-
-
-def tiles_of(plan: Plan) -> dict[str, tuple[int, int]]:
-    """linear -> the size of its tiles, for those cut by tiles."""
-    found: dict[str, tuple[int, int]] = {}
-    for structure in plan.structure.values():
-        found.update(structure.tiles or {})
-    return found
 
 
 def dear(op: Op) -> float:
@@ -121,7 +112,7 @@ def test_tiles_are_not_used_where_they_are_dear(
     if kinds == ("block",):
         # Twice as dear, they pay only under a density of a half.
         plan = table(model, dear, kinds, 0).plan(Budget(latency=latency))
-        whole = {name: model.get_submodule(name).weight.numel() for name in tiles_of(plan)}
+        whole = {name: model.get_submodule(name).weight.numel() for name in plan.tiles}
         for structure in plan.structure.values():
             for name in structure.tiles or {}:
                 assert (structure.weights or {})[name] < 0.5 * whole[name]
@@ -146,22 +137,22 @@ def test_tiles_that_cost_half_reach_half_the_time_at_next_to_no_loss() -> None:
     model = vit()
     both = table(model, cheap, None, 0).plan(Budget(latency=0.6))
     alone = table_of_whole_units(model, cheap, None).plan(Budget(latency=0.6))
-    assert tiles_of(both)
+    assert both.tiles
     assert both.distortion < 0.2 * alone.distortion
 
 
 def test_tiles_are_used_exactly_where_they_pay() -> None:
     plan = table(vit(), wide_is_cheap, None, 1).plan(Budget(latency=0.6))
-    used = set(tiles_of(plan))
+    used = set(plan.tiles)
     assert used and all(".mlp." in name for name in used)
 
 
 def test_each_linear_takes_the_size_that_is_quick_for_it() -> None:
     for kinds in (("block",), None):
         plan = table(vit(), one_size_each, kinds, 2).plan(Budget(latency=0.5))
-        stored = {n: w for s in plan.structure.values() for n, w in (s.weights or {}).items()}
         # No tiles at all are as quick in every size.
-        found = {name: size for name, size in tiles_of(plan).items() if stored[name]}
+        empty = {n for s in plan.structure.values() for n, w in (s.weights or {}).items() if not w}
+        found = {name: size for name, size in plan.tiles.items() if name not in empty}
         sizes = {"fc1": (32, 32), "fc2": (32, 16), "qkv": (16, 16), "proj": (16, 16)}
         assert {name.rsplit(".", 1)[1] for name in found} >= {"fc1", "fc2"}
         assert all(size == sizes[name.rsplit(".", 1)[1]] for name, size in found.items())
@@ -178,14 +169,14 @@ def test_a_layer_of_several_sizes_is_realised_as_masked_and_opens_again(tmp_path
     with masked(model, units, mask), torch.no_grad():
         expected = model(x)
     small = copy.deepcopy(model)
-    shape = realise_(small, units, mask)
+    shape = realise_(small, units, mask, plan.tiles)
     with torch.no_grad():
         assert torch.allclose(small(x), expected, atol=1e-5)
     found = {n: m.block for n, m in small.named_modules() if isinstance(m, BlockSparseLinear)}
-    assert found == tiles_of(plan) and len(set(found.values())) > 1
+    assert found == plan.tiles and len(set(found.values())) > 1
     few, few_mask = in_use(units, mask)
     again = copy.deepcopy(model)
-    assert realise_(again, few, few_mask) == shape
+    assert realise_(again, few, few_mask, plan.tiles) == shape
     seconds = sum(map(one_size_each, count_operations(small, image(BATCH), partly=True).ops))
     assert plan.latency_s == pytest.approx(seconds, rel=1e-9)
     small.hwprune_spec = {  # type: ignore[assignment]

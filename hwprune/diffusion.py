@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hwprune.allocate import Budget
+from hwprune.budget import ON_A_DEVICE, Budget
 from hwprune.conditions import Conditions, component_of, conditions_of
 from hwprune.denoiser_contract import denoiser_contract
 from hwprune.denoiser_proof import Judge
@@ -111,7 +111,7 @@ def prune_diffusion(
         )
     repaired = method in REPAIRED if repair is None else repair
     keeping = None if folder is None else Path(folder)
-    clock = _Clock(progress)
+    clock = _Clock(progress, timed=any(metric in ON_A_DEVICE for metric in budget.given))
     others = [kind for kind in kinds or () if kind != FACTORED]
     if others or not kinds:
         find_units(model, others or kinds)  # refused before the long work
@@ -134,7 +134,7 @@ def prune_diffusion(
     ):
         sampler = Sampler(model, conditions, offload=offload)
         some = max(1, images // 4)
-        with clock("contract"):
+        with clock.on_device("contract"):
             first = draw(sampler, "train", min(images, batch), batch=batch, seed=seed)[0]
             terms = denoiser_contract(sampler, first, budget, profile, keeping)
         with clock("teacher"):
@@ -153,7 +153,7 @@ def prune_diffusion(
             groundwork(sampler, train, kinds, budget, _one_call(sampler, train[0]))
         )
         units = ground.units
-        with clock("contract"):
+        with clock.on_device("contract"):
             judge = Judge(model, units, ground.cost, ground.budget, terms)
         price, limit = judge.price()
         if limit >= 1 or ground.keeps_all():
@@ -186,7 +186,7 @@ def prune_diffusion(
                 with clock("learn"):
                     choice = choose(task)
                 clock.seconds["learn"] = max(clock.seconds["learn"], choice.spent_s)
-                with clock("contract"):
+                with clock.on_device("contract"):
                     judge.settle(choice)
                 distances = {"unrepaired": task.distance(choice.keep)}
                 distances["check"] = distances["unrepaired"]
@@ -198,7 +198,7 @@ def prune_diffusion(
                     distances["check"] = done.after
                 mask = gating.layout.mask(choice.keep)
                 before = _first_prediction(sampler, held[0], gating, choice.keep.float())
-            with clock("prove"):
+            with clock.on_device("prove"):
                 judge.prove(mask)
             with clock("realise"):
                 realise_(model, units, mask)
@@ -220,15 +220,27 @@ def _check(**given: int) -> None:
 class _Clock:
     """Wall time by step, and progress."""
 
-    def __init__(self, progress: StepProgress | None) -> None:
+    def __init__(self, progress: StepProgress | None, *, timed: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self._progress, self._timed = progress, timed
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def on_device(self, step: str) -> Iterator[None]:
+        """A step that only budgets of latency and energy have; it is all of its own progress."""
+        if not self._timed:
+            yield
+            return
+        tell = self.of(step) or (lambda done, total: None)
+        tell(0, 1)
+        with self(step):
+            yield
+        tell(1, 1)
 
     def of(self, step: str) -> Callable[[int, int], None] | None:
         progress = self._progress

@@ -33,7 +33,7 @@ class DiffusionReport:
             and "measured"; empty where none was asked for.
     """
 
-    budget: Mapping[str, float]
+    budget: Mapping[str, float | str]
     method: str
     kinds: tuple[str, ...]
     macs: float

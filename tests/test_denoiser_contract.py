@@ -44,6 +44,7 @@ def test_a_latency_budget_is_kept_as_predicted_and_says_that_it_is_a_prediction(
 ) -> None:
     model, report = pruned(Budget(latency=0.8), profile="FAKE")
     told = report.to_dict()
+    assert told["seconds_by_step"]["contract"] > 0
     value = told["predicted"]["latency_ratio"]["value"]
     assert 0.75 < value <= 0.8
     assert seconds_of(model) / seconds_of(tiny_dit()) == pytest.approx(value, rel=1e-6)

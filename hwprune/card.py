@@ -8,6 +8,7 @@ from typing import Any
 
 from hwprune.spec import BUILDER
 
+_PLACE = re.compile(r"(?<![\w.~])(?:~|[A-Za-z]:)?/(?:[^\s'\"/=,]+/)+([^\s'\"/=,]*)")
 _PLAIN = re.compile(r"[A-Za-z0-9._/ -]{1,100}")  # safe unquoted in the card's YAML head
 
 
@@ -36,7 +37,7 @@ def model_card(spec: Mapping[str, Any], cfg: Mapping[str, Any], architecture: st
                 "removed. It computes what the pruned model computes, at the speed of the dense one.",
                 "",
             ]
-        lines += _results(report) + _layers(shape)
+        lines += results(report) + _layers(shape)
     lines += _opening(architecture)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -52,14 +53,17 @@ def _head(cfg: Mapping[str, Any], name: str, architecture: str) -> list[str]:
     return [*head, "---"]
 
 
-def _results(report: Mapping[str, Any]) -> list[str]:
-    """Every figure the report has at its top, one level deep; what it does not say is not claimed."""
+def results(report: Mapping[str, Any]) -> list[str]:
+    """Every figure the report has at its top, one level deep; what it does not say is not claimed.
+
+    Absolute paths of the command are cut to their last part: a card is published, the machine is not.
+    """
     rows: list[tuple[str, str]] = []
     for key, value in report.items():
         if isinstance(value, Mapping):
-            rows += [(f"{key}: {k}", _text(v)) for k, v in value.items() if _is_plain(v)]
+            rows += [(f"{key}: {k}", _text(v, k)) for k, v in value.items() if _is_plain(v)]
         elif _is_plain(value):
-            rows.append((key, _text(value)))
+            rows.append((key, _text(value, key)))
     if not rows:
         return ["What it was pruned to, and measured on, is not recorded.", ""]
     table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows]
@@ -79,9 +83,11 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _text(value: object) -> str:
+def _text(value: object, key: str) -> str:
     if value is None:
         return "null"
+    if key == "command":
+        return _PLACE.sub(r"\1", str(value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -127,7 +127,7 @@ app.command()(doctor)
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Written by hwprune prune")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Written by hwprune")],
     json: Json = None,
 ) -> None:
     """What a pruned FOLDER holds, layer by layer, without reading its weights."""
@@ -135,9 +135,9 @@ def inspect(
         check_json(json)
         steps("read the folder", 0, 1)
 
-        from hwprune.structure import describe
+        from hwprune.structure_of import describe_folder
 
-        found = describe(folder)
+        found = describe_folder(folder)
         if json is not None:
             write_json(json, found)
     if json != STDOUT:

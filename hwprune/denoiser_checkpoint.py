@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from hwprune import shards
 from hwprune.atomic import replace_folder
+from hwprune.diffusion_card import denoiser_card
 from hwprune.families.denoiser import find_layers, known_classes
 from hwprune.pruned_config import KEY, METHOD, PrunedConfig, pruned_entry
 from hwprune.realise import reshape_
@@ -71,7 +73,7 @@ def save_denoiser(
         config[KEY]["weights"] = shards.digest(tensors)
         metadata = {METHOD: _header(config[KEY])}
     report = dict(getattr(model, "hwprune_spec", {}).get("report", {}))
-    text = card if card is not None else _card(config, report)
+    text = card if card is not None else denoiser_card(config, report)
 
     def write(fresh: Path) -> None:
         shards.write(tensors, fresh, metadata, max_shard_bytes, DIFFUSERS_STEM)
@@ -97,17 +99,9 @@ def load_denoiser(
     Raises:
         CheckpointError: as `hwprune.load`.
     """
-    config = shards.read_json(folder / "config.json")
-    entry = pruned_entry(config)
-    stored, headers = shards.read_headers(folder, DIFFUSERS_STEM)
-    _check_agreement(folder, entry, headers)
-    cls = _class_of(config, folder)
-    _check_config(config, entry, len(stored), folder)
-    size = sum(file.stat().st_size for file in {found.file for found in stored.values()})
-    with torch.device("meta"):
-        empty = _shaped(cls, config, entry, folder, 64 * size + _GIGABYTE)
-    _check_size(empty, stored, folder)
-    tensors = shards.read_tensors(stored)
+    found = read_denoiser(folder)
+    config, entry, cls = found.config, found.entry, _class_of(found.config, folder)
+    empty, tensors = found.empty, shards.read_tensors(found.stored)
     wrong = next(
         (
             name
@@ -129,6 +123,54 @@ def load_denoiser(
     vars(model)["hwprune_spec"] = {"report": report}
     model.to(device)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserFolder:
+    """What a denoiser's folder says before any tensor is read.
+
+    Attributes:
+        config: config.json.
+        entry: what was pruned; None for a dense model.
+        stored: tensor name -> where it lies, and its shape.
+        empty: the model on the meta device, checked against the tensors.
+    """
+
+    config: Mapping[str, Any]
+    entry: PrunedConfig | None
+    stored: Mapping[str, Stored]
+    empty: nn.Module
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the tensor files."""
+        return sum(file.stat().st_size for file in {s.file for s in self.stored.values()})
+
+    def dense(self) -> nn.Module:
+        """The dense model on the meta device."""
+        config = {key: value for key, value in self.config.items() if key != KEY}
+        with torch.device("meta"):
+            model: nn.Module = type(self.empty).from_config(config)  # type: ignore[attr-defined]
+        return model
+
+
+def read_denoiser(folder: Path) -> DenoiserFolder:
+    """Read and check what a denoiser's folder says of itself, without reading a tensor.
+
+    Raises:
+        CheckpointError: as `hwprune.load`, as far as it shows without the tensors.
+    """
+    config = shards.read_json(folder / "config.json")
+    entry = pruned_entry(config)
+    stored, headers = shards.read_headers(folder, DIFFUSERS_STEM)
+    _check_agreement(folder, entry, headers)
+    cls = _class_of(config, folder)
+    _check_config(config, entry, len(stored), folder)
+    size = sum(file.stat().st_size for file in {found.file for found in stored.values()})
+    with torch.device("meta"):
+        empty = _shaped(cls, config, entry, folder, 64 * size + _GIGABYTE)
+    _check_size(empty, stored, folder)
+    return DenoiserFolder(config, entry, stored, empty)
 
 
 def _written_config(model: nn.Module) -> dict[str, Any]:
@@ -297,32 +339,6 @@ def _is_ours(name: str) -> bool:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _card(config: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """Markdown with a YAML head, as model hubs read it."""
-    name = config["_class_name"]
-    head = ["---", "library_name: diffusers", "tags:", "- hwprune", "- pruning", "---", ""]
-    shape = config.get(KEY, {}).get("shape", {})
-    removed = sum(entry["type"] == "removed" for entry in shape.values())
-    lines = [f"# {name}{', pruned with hwprune' if shape else ''}", ""]
-    if shape:
-        lines += [
-            f"{len(shape) - removed} layers are narrower than in the dense model, {removed} blocks are gone.",
-            "",
-        ]
-    figures = {k: v for k, v in report.items() if isinstance(v, int | float | str)}
-    lines += [f"- {key}: {value}" for key, value in figures.items()]
-    lines += [
-        "",
-        "```python",
-        "import hwprune  # teaches diffusers the pruned shape",
-        f"from diffusers import {name}",
-        "",
-        f'model = {name}.from_pretrained("FOLDER")',
-        "```",
-    ]
-    return "\n".join([*head, *lines]) + "\n"
 
 
 def save_pipeline(pipeline: Any, folder: Path, *, force: bool) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from hwprune.atomic import replace_folder
 from hwprune.conditions import component_of
 from hwprune.denoiser_checkpoint import load_denoiser, load_pipeline, save_denoiser
+from hwprune.diffusion_card import denoiser_card, licence_files, licence_of
 from hwprune.families.denoiser import known_classes
 from hwprune.spec import CheckpointError
 
@@ -173,6 +174,16 @@ def check_target(out: Path, opened_folder: Path, *, force: bool) -> None:
         )
 
 
+def _card(opened: DiffusionFolder, report: Mapping[str, Any]) -> str:
+    """The model card, with the licence of what was pruned."""
+    base = opened.folder.resolve().parent if opened.form == "component" else opened.folder
+    config: Mapping[str, Any] = dict(getattr(opened.model, "config", {}))
+    config = {**config, "_class_name": type(opened.model).__name__}
+    told = report or vars(opened.model)["hwprune_spec"]["report"]
+    how = "" if opened.form == "component" else opened.form
+    return denoiser_card(config, told, head=licence_of(base), form=how, name=opened.name)
+
+
 def save_diffusion(
     opened: DiffusionFolder,
     out: Path,
@@ -195,7 +206,7 @@ def save_diffusion(
         FileExistsError, OSError, CheckpointError: as `hwprune.save`.
     """
     if opened.form == "component":
-        save_denoiser(opened.model, out, force=force)
+        save_denoiser(opened.model, out, force=force, card=_card(opened, {}))
         beside = out.with_name(f"{out.name}.samples.png")
         if pictures is not None:
             pictures(out, beside)
@@ -207,6 +218,7 @@ def save_diffusion(
     ]
     if opened.form == "parts":
         others = [path for path in others if path.name == "scheduler"]
+    others += licence_files(opened.folder)
     report: Mapping[str, Any] = vars(opened.model)["hwprune_spec"]["report"]
 
     def write(fresh: Path) -> None:
@@ -218,6 +230,7 @@ def save_diffusion(
                 shutil.copyfile(path, fresh / path.name)
         text = json.dumps(report, indent=2, allow_nan=False) + "\n"
         (fresh / "report.json").write_text(text, encoding="utf-8")
+        (fresh / "README.md").write_text(_card(opened, report), encoding="utf-8")
         if pictures is not None:
             pictures(fresh, fresh / "samples.png")
 

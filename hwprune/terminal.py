@@ -206,7 +206,7 @@ def show_folder(found: Mapping[str, Any]) -> None:
     layers, told = found["layers"], found["provenance"]
     by_tiles = any("tiles" in row for row in layers)
     columns = []
-    for name in ("heads", "qk", "v", "neurons", "tiles"):
+    for name in ("heads", "qk", "v", "neurons", "tiles", "modulations", "blocks"):
         cells = [row[name] for row in layers if name in row]
         if any(kept < of for kept, of in cells) or (cells and not by_tiles):
             columns.append(name)
@@ -214,8 +214,7 @@ def show_folder(found: Mapping[str, Any]) -> None:
         [
             row["layer"],
             *(f"{row[c][0]} of {row[c][1]}" if c in row else "" for c in columns),
-            figure(row["params"], row["dense_params"]),
-            f"{row['params'] / row['dense_params']:.3f}",
+            *_params_of(row),
         ]
         for row in layers
     ]
@@ -224,15 +223,26 @@ def show_folder(found: Mapping[str, Any]) -> None:
     after = [f"note: {_DENSE_FORM}"] if found["format"] == "dense" else []
     after += [f"left dense: {reason}" for reason in found["left_dense"]]
     if "budget" in told:
-        asked = ", ".join(f"{what}={value:g}" for what, value in told["budget"].items())
-        images = told.get("calibration", {}).get("images", 0)
-        after.append(
-            f"pruned to {asked} by {', '.join(found['kinds'])}, {images} calibration images"
+        asked = ", ".join(
+            f"{what}={value if isinstance(value, str) else format(value, 'g')}"
+            for what, value in told["budget"].items()
         )
+        images = told.get("calibration", {}).get("images")
+        by = f"pruned to {asked} by {', '.join(found['kinds'])}"
+        after.append(by if images is None else f"{by}, {images} calibration images")
     if "environment" in told:
-        after.append("with " + ", ".join(f"{k} {v}" for k, v in told["environment"].items()))
+        used = {k: v for k, v in told["environment"].items() if k != "command"}
+        after.append("with " + ", ".join(f"{k} {v}" for k, v in used.items()))
     names = ["q/k" if name == "qk" else name for name in columns]
     show("layers", ("layer", *names, "params", "kept"), rows, *after)
+
+
+def _params_of(row: Mapping[str, Any]) -> list[str]:
+    """Parameters of a layer and their share; empty where its name is another one in the pruned model."""
+    if row["params"] is None:
+        return ["", ""]
+    share = row["params"] / row["dense_params"] if row["dense_params"] else 1.0
+    return [figure(row["params"], row["dense_params"]), f"{share:.3f}"]
 
 
 _DENSE_FORM = "saved in dense form: zeros in the original shapes, which run at the dense cost"
@@ -248,4 +258,5 @@ def _totals(found: Mapping[str, Any]) -> list[list[str]]:
             f"{found[key] / dense:.3f}",
         ]
         for name, key in (("MACs of an image", "macs"), ("parameters", "params"))
+        if found[key] is not None
     ]

@@ -72,6 +72,7 @@ def test_parts_in_parts_out(
     assert {p.name for p in out.iterdir()} == {
         "transformer",
         "scheduler",
+        "README.md",
         "report.json",
         "report.html",
         "samples.png",

@@ -223,7 +223,7 @@ def test_the_report_travels_with_the_model(tmp_path: Path) -> None:
     vars(model)["hwprune_spec"] = {"report": {"params_ratio": 0.8, "seconds": 3.5}}
     hwprune.save(model, tmp_path / "model")
     assert vars(hwprune.load(tmp_path / "model"))["hwprune_spec"]["report"]["params_ratio"] == 0.8
-    assert "- params_ratio: 0.8" in (tmp_path / "model" / "README.md").read_text()
+    assert "| params_ratio | 0.8 |" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_pruning_twice_is_written_as_one_shape_unless_blocks_went(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from hwprune.cost import ModelCost, model_cost
@@ -21,7 +20,6 @@ from hwprune.tiling import find_units
 from hwprune.units import Units, layers_of
 
 Objective = Literal["second-order", "lpvit"]
-_HELD_OUT = 4  # every 4th image
 OBJECTIVES: tuple[Objective, ...] = ("second-order", "lpvit")
 StepProgress = Callable[[str, int, int], None]  # (step, done, total)
 
@@ -39,7 +37,6 @@ class Analysis:
         seconds: step -> wall time.
         lpvit: what LPViT found, where blocks are to be chosen by it; there are no curves then.
         factors: units name -> a further factor on its curve, found by refining another budget.
-        held_out: images that nothing above has seen, to try plans on; empty where none were kept back.
     """
 
     units: Sequence[Units]
@@ -50,7 +47,6 @@ class Analysis:
     seconds: dict[str, float]
     lpvit: Scored | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
-    held_out: tuple[Tensor, ...] = ()
 
     @property
     def objective(self) -> Objective:
@@ -101,7 +97,6 @@ def analyse(
     tiles: Sequence[tuple[int, int]] = (),
     objective: Objective = "second-order",
     seed: int = 0,
-    hold_out: bool = False,
     progress: StepProgress | None = None,
 ) -> Analysis:
     """Calibrate a dense model and price the removal of every unit.
@@ -115,7 +110,6 @@ def analyse(
             `kinds`.
         objective: "second-order", or "lpvit": the kind block alone, chosen as LPViT's paper does.
         seed: of the gradient probe.
-        hold_out: keep every fourth image back, for `refine` to try plans on.
         progress: called with (step, done, total).
 
     Raises:
@@ -136,9 +130,6 @@ def analyse(
         kinds = LPVIT_KINDS
     units = find_units(model, kinds, block, tiles)
     batches = on_device(model, batches)
-    held_out: list[Tensor] = []
-    if hold_out:
-        batches, held_out = parted(batches)
     with timed(seconds, "calibrate"):
         statistics = calibrate(model, units, batches, seed=seed, progress=report("calibrate"))
     with timed(seconds, "curves"):
@@ -147,22 +138,4 @@ def analyse(
             scores = score(model, units, batches, block)
             return Analysis(units, statistics, {}, cost, {}, seconds, scores)
         found = curves(model, units, statistics, progress=report("curves"))
-    return Analysis(units, statistics, found, cost, dict(GAIN), seconds, held_out=tuple(held_out))
-
-
-def parted(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Every fourth image apart from the others: images often come class by class.
-
-    Args:
-        batches: [B, ...]; with fewer than 8 images none is held out.
-
-    Returns:
-        The others and the held out, in batches of about the size they came in.
-    """
-    images = sum(len(batch) for batch in batches)
-    if images < _HELD_OUT * 2:
-        return list(batches), []
-    size = max(len(batch) for batch in batches)
-    together = torch.cat(list(batches))
-    place = torch.arange(images, device=together.device) % _HELD_OUT == _HELD_OUT - 1
-    return list(together[~place].split(size)), list(together[place].split(size))
+    return Analysis(units, statistics, found, cost, dict(GAIN), seconds)

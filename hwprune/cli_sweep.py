@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hwprune.terminal import show
+from hwprune.terminal import Steps, show
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,6 +92,22 @@ def saver(
     return each
 
 
+def judge(
+    data: str, class_map: str | None, model: nn.Module, steps: Steps
+) -> Callable[[nn.Module], tuple[float, int]]:
+    """What measures top-1 of a model on labelled images."""
+    from hwprune.data import evaluate, open_dataset
+
+    images = open_dataset(data, model, class_map=class_map)
+
+    def top1(pruned: nn.Module) -> tuple[float, int]:
+        device = str(next(pruned.parameters()).device)
+        found = evaluate(pruned, images, batch=64, device=device, progress=steps.of("evaluate"))
+        return found.top1, found.images
+
+    return top1
+
+
 def remove_others(points: Points, out: Path) -> None:
     """Remove the points of a sweep that was there before and is replaced."""
     for path in out.iterdir():
@@ -99,9 +115,7 @@ def remove_others(points: Points, out: Path) -> None:
             shutil.rmtree(path)
 
 
-def show_front(
-    front: Front, out: Path, seconds: float, files: Sequence[str], notes: Sequence[str]
-) -> None:
+def show_front(front: Front, out: Path, files: Sequence[str], notes: Sequence[str]) -> None:
     """Print the points, and where the picture is."""
     from hwprune.front import cost_of
 
@@ -128,7 +142,7 @@ def show_front(
     timed = [p for p in front.points if (p["measured"] or {}).get("latency_ratio")]
     if any(row[4] for row in rows):
         after.append(f"latency and energy: {'measured' if timed else 'predicted'}, of dense")
-    after += [f"time: {seconds:.1f} s", *notes]
+    after += [f"note: {note}" for note in notes]
     after.append(f"written: {', '.join(str(out / name) for name in files)}")
     show(f"{len(front.points)} budgets -> {out}", names, body, *after)
 

@@ -119,7 +119,7 @@ def drawn(front: Mapping[str, Any]) -> Any:
         **dict.fromkeys(("xtick.color", "ytick.color", "axes.titlecolor"), _INK),
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.1 * max(len(metrics), 1) + 0.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(2.9 * max(len(metrics), 1) + 0.6, 3.4), layout="constrained")
         panels = figure.subplots(1, max(len(metrics), 1), sharey=True, squeeze=False)[0]
         for panel, metric in zip(panels, metrics, strict=False):
             _panel(panel, front, metric, accuracy)
@@ -128,7 +128,17 @@ def drawn(front: Mapping[str, Any]) -> Any:
             if accuracy
             else f"distortion, {front['unit']}"
         )
-        panels[-1].legend(labelcolor=_INK)
+        shown: dict[str, Any] = {}
+        for panel in panels:
+            handles, names = panel.get_legend_handles_labels()
+            shown = dict(zip(names, handles, strict=True)) | shown
+        figure.legend(
+            list(shown.values()),
+            list(shown),
+            loc="outside upper center",
+            ncols=max(len(shown), 1),
+            labelcolor=_INK,
+        )
         figure.canvas.draw()  # inside the style: labels take their colours now
     return figure
 
@@ -148,12 +158,14 @@ def _panel(panel: Any, front: Mapping[str, Any], metric: str, accuracy: bool) ->
         colour = _COLOURS.get(method, _OTHER)
         x = [cost["value"] for cost, _ in shown]
         y = [_loss(point, accuracy) for _, point in shown]
-        below = [cost["value"] - cost["lo"] for cost, _ in shown]
-        above = [cost["hi"] - cost["value"] for cost, _ in shown]
+        ends = [_measured(point, metric) or (x[i], x[i]) for i, (_, point) in enumerate(shown)]
         panel.errorbar(
             x,
             y,
-            xerr=[below, above],
+            xerr=[
+                [a - low for a, (low, _) in zip(x, ends, strict=True)],
+                [high - a for a, (_, high) in zip(x, ends, strict=True)],
+            ],
             yerr=[point["top1_se"] for _, point in shown] if accuracy else None,
             label=method,
             color=colour,
@@ -174,6 +186,12 @@ def _panel(panel: Any, front: Mapping[str, Any], metric: str, accuracy: bool) ->
     )
     panel.set_xlabel(f"{_COSTS[metric]}{how}, of dense")
     panel.grid(color=_INK, alpha=0.25, linewidth=0.5)
+
+
+def _measured(point: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
+    """The interval of a measured ratio; predicted ones are too wide to draw."""
+    found = (point.get("measured") or {}).get(f"{metric}_ratio")
+    return None if found is None else (found["lo"], found["hi"])
 
 
 def _known(point: Mapping[str, Any], when: str, metric: str) -> bool:

@@ -16,7 +16,7 @@ from hwprune.contract import Contract
 from hwprune.lpvit_plan import lpvit_plan
 from hwprune.plan import Plan, select
 from hwprune.refine import Factors, factored, refine
-from hwprune.trial import Trials
+from hwprune.trial import Trials, spread
 from hwprune.units import Mask, full_mask
 
 
@@ -119,7 +119,7 @@ class Planner:
         """Try other plans; from now on the best one's factors are used.
 
         Args:
-            batches: calibration images, to try plans on where the analysis holds none back.
+            batches: calibration images, some of which plans are tried on.
             candidates: plans to try besides the first.
             seed: of the draws.
             progress: called with ("refine", done, total).
@@ -130,7 +130,7 @@ class Planner:
         first, mask = self.solve({})
         if all(bool(grid.all()) for grid in mask.values()):
             return ()
-        trials = Trials.of(self.model, self.analysis, self.analysis.held_out or batches)
+        trials = Trials.of(self.model, self.analysis, spread(batches))
 
         def plan_of(factors: Factors) -> Plan:
             return self.offered(factors).plan(self.budget, fast=True) if factors else first

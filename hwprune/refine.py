@@ -27,7 +27,7 @@ Factors = dict[str, float]  # units name -> factor on its curve
 Progress = Callable[[int, int], None]  # (done, total)
 
 # Spread of the logarithms of the factors: of a kind, from the first block to the last, of each curve.
-_KIND, _DEPTH, _OWN = 0.5, 0.5, 0.2
+_KIND, _DEPTH, _OWN = 0.5, 0.4, 0.15
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from hwprune.contract import contract, timed_images
 from hwprune.front import Front, refused
 from hwprune.judging import Evaluate, Gauge, Judge
 from hwprune.lpvit_plan import check_lpvit
-from hwprune.pruning import REFINE, prune
+from hwprune.pruning import REFINE, TILE, prune, tiles_of
 from hwprune.report import Report
 
 Each = Callable[[nn.Module, Report], str]  # a pruned model and its report, to the folder it is in
@@ -42,9 +42,10 @@ def sweep(
     refine: int = REFINE,
     repair: bool = True,
     seed: int = 0,
-    block: tuple[int, int] = (32, 32),
+    block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    energy_weight: float = 0.0,
     baselines: Sequence[str] = ("magnitude",),
     each: Each | None = None,
     evaluate: Evaluate | None = None,
@@ -64,9 +65,10 @@ def sweep(
         refine: other plans to try at each point; what won at one is tried at the next.
         repair: re-fit what is kept.
         seed: of the calibration probe.
-        block: tile size for the kind block.
+        block: tile size for the kind block; None = as of `hwprune.prune`.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency or energy is limited or predicted.
+        energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
         baselines: at the same budgets, not saved: "magnitude" (heads and neurons by norm, no re-fit),
             "lpvit" (as published, for budgets of macs alone).
         each: called with each pruned model and its report; returns the folder it was saved in.
@@ -90,15 +92,17 @@ def sweep(
         check_lpvit(budgets, kinds)
     batches = on_device(model, batches)
     x = timed_images(batches, timed_batch)
-    hold_out = refine > 0 and objective == "second-order"
+    layers, _ = families.of(model).find_layers(model)
+    named = device if energy_weight or _timed(budgets[0]) else None
+    terms = contract(model, budgets[0], named, x, layers, energy_weight=energy_weight)
     analysis = analyse(
         model,
         batches,
         kinds=kinds,
-        block=block,
+        block=block or TILE,
+        tiles=tiles_of(terms, kinds, block),
         objective=objective,
         seed=seed,
-        hold_out=hold_out,
         progress=progress,
     )
     judge = Judge(Gauge.of(model, device, x), evaluate)
@@ -115,7 +119,7 @@ def sweep(
                 pruned,
                 batches,
                 budget,
-                device=device if _timed(budget) else None,
+                device=device if energy_weight or _timed(budget) else None,
                 objective=objective,
                 refine=refine,
                 repair=repair,
@@ -123,6 +127,7 @@ def sweep(
                 block=block,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                energy_weight=energy_weight,
                 analysis=analysis,
                 progress=progress,
             )
@@ -132,17 +137,15 @@ def sweep(
             continue
         reports.append(report)
         analysis = _warmer(analysis, report)
-        folder = None if each is None else each(pruned, report)
-        points.append(judge.point(name, pruned, report.to_dict()) | {"folder": folder})
+        points.append(judge.point(name, pruned, report.to_dict()))  # before it is cast and saved
+        points[-1]["folder"] = None if each is None else each(pruned, report)
     if last is not None and not reports:
         raise last
     beside: list[dict[str, Any]] = []
     if "magnitude" in baselines:
-        layers, _ = families.of(model).find_layers(model)
-        terms = contract(model, budgets[0], device if _timed(budgets[0]) else None, x, layers)
         beside += by_magnitude(model, batches, budgets, analysis, terms, judge)
     if "lpvit" in baselines and objective != "lpvit":
-        beside += by_lpvit(model, batches, budgets, judge, block=block, seed=seed)
+        beside += by_lpvit(model, batches, budgets, judge, block=block or TILE, seed=seed)
     if progress is not None:
         progress("sweep", len(budgets), len(budgets))
     return Front(

@@ -35,6 +35,7 @@ from hwprune.units import (
 # Of the mean variance of a linear's inputs, as in the middle of what repair tries: too little of it and a
 # plan that leaves many columns in the last blocks, where few tokens count, looks better than it is.
 RIDGE = 0.1
+IMAGES = 128  # that plans are tried on
 _HOPELESS = 2.0  # standard errors of the paired difference
 _ROUNDING = 1e-11  # of the inputs' energy: a variance below it is no signal (see repair)
 
@@ -99,6 +100,17 @@ class Trials:
                 if best_N is not None and hopeless(found_N, best_N):
                     break
         return found_N
+
+
+def spread(batches: Sequence[Tensor], images: int = IMAGES) -> list[Tensor]:
+    """At most so many images, evenly from all: they often come class by class.
+
+    They are among those of the calibration pass. Plans chosen on 64 images held out from it did worse on
+    others than plans chosen on the same 64 without (ViT-Tiny, 0.70 of its MACs: KL 0.577 and 0.549, of 0.598).
+    """
+    every = torch.cat([b for b in batches if len(b)])
+    step = -(-len(every) // images)
+    return list(every[::step].split(max(len(batch) for batch in batches)))
 
 
 def hopeless(found_N: Tensor, best_N: Tensor) -> bool:

@@ -128,6 +128,7 @@ LAYERS = (
         "report",
         "report_rows",
         "page",
+        "hub",
         "doctor",
         "export",
         "diffusion_report",

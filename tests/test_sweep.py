@@ -99,7 +99,6 @@ def test_refinement_carries_what_won_to_the_next_point() -> None:
     found = sweep(vit(), images(), BUDGETS, refine=4, baselines=())
     first, second = found.reports
     (won,) = (row["factors"] for row in first.plans if row["won"])
-    assert first.calibration["images"] == 12
     assert len(second.plans) >= 2 and (won == {} or len(won) == len(first.curves))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hwprune.checkpoint import save as save
     from hwprune.diffusion import prune_diffusion as prune_diffusion
     from hwprune.diffusion_report import DiffusionReport as DiffusionReport
+    from hwprune.hub import push_to_hub as push_to_hub
     from hwprune.layers import BlockSparseLinear as BlockSparseLinear
     from hwprune.layers import ConstantBranch as ConstantBranch
     from hwprune.layers import SlimAttention as SlimAttention
@@ -51,6 +52,7 @@ _HOMES = {
     "measure_energy": "meter.energy",
     "prune": "pruning",
     "prune_diffusion": "diffusion",
+    "push_to_hub": "hub",
     "route_": "route",
     "save": "checkpoint",
     "sweep": "sweeping",

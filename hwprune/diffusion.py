@@ -207,7 +207,7 @@ def prune_diffusion(
                 before, _first_prediction(sampler, held[0]), floating_dtype(model, torch.float32)
             )
             each = sampler.distance(held)
-        distances |= _judged(each, held)
+        distances |= _judged(each, [*train, *held])
         return _finish(sampler, ground, judge, mask, budget, method, choice, distances, sets, clock)
 
 
@@ -292,10 +292,11 @@ def _check_same(masked: Tensor, realised: Tensor, dtype: torch.dtype) -> None:
         )
 
 
-def _judged(each: Tensor, held: Sequence[Batch]) -> dict[str, float]:
+def _judged(each: Tensor, drawn: Sequence[Batch]) -> dict[str, float]:
+    """Mean, its error, and the share of the variance of all that was drawn: one held image has none."""
     mean = float(each.mean())
     error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
-    return {"held": mean, "held_se": error, "relative": mean / max(spread(held), 1e-300)}
+    return {"held": mean, "held_se": error, "relative": mean / max(spread(drawn), 1e-300)}
 
 
 def _finish(

@@ -244,3 +244,9 @@ def test_a_saved_pipeline_has_its_report_and_can_be_replaced(tmp_path: Path) -> 
     again = hwprune.load(tmp_path / "x")
     for name, tensor in pipeline.unet.state_dict().items():
         assert torch.equal(again.unet.state_dict()[name], tensor), name
+
+
+def test_one_held_image_has_a_distance_that_can_be_compared() -> None:
+    _, report = pruned(Budget(params=0.9), images=2)
+    assert report.images["held"] == 1
+    assert 0 < report.distance["relative"] < 10

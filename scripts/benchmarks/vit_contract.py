@@ -2,7 +2,8 @@
 
 Budgets of latency are solved on this machine's profile and proven by measuring; beside each stand hwprune under
 a MACs budget with the same predicted latency, and LPViT and Torch-Pruning at that many MACs. All are timed
-against the dense model, batch 8, fp32, in interleaved rounds. Rows go to profiles/rows/vit-contract.jsonl.
+against the dense model, batch 8, fp32, in interleaved rounds. Rows go to profiles/rows/vit-contract.jsonl;
+`--table` makes a table of the newest ones, `--table --write` puts it into README.md.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from parts.count import true_macs
 from torch import Tensor, nn
 from vit_quality import lpvit
 
-from hwprune.allocate import Budget, UnreachableBudget, allocate
+from hwprune.allocate import Budget, UnreachableBudget, offer
 from hwprune.contract import Contract, contract, prove, timed_images
 from hwprune.pruning import Analysis, analyse, prune
 
@@ -23,23 +24,24 @@ NAME = "vit-contract"
 ROWS = rows.ROOT / "profiles" / "rows" / f"{NAME}.jsonl"
 BUDGETS = (0.80, 0.65, 0.50)
 BATCH = 8
+TITLES = {
+    "latency": "**hwprune**, budget of latency",
+    "refined": "hwprune, budget of latency, plans tried on images",
+    "macs": "hwprune, budget of MACs predicted as slow",
+    "torch-pruning": "Torch-Pruning, rounded to 8, as many MACs",
+    "lpvit": "LPViT (paper), 32x32 blocks, as many MACs",
+}
 
 
 def macs_of_same_latency(
     dense: nn.Module, analysis: Analysis, terms: Contract, latency: float
 ) -> float:
     """The MACs budget whose plan is predicted to take `latency` of dense, by bisection."""
+    choices = offer(dense, analysis.curves, analysis.cost, gain=analysis.gain, pricer=terms.pricer)
     low, high = 0.2, 1.0
     for _ in range(8):
         middle = (low + high) / 2
-        plan = allocate(
-            dense,
-            analysis.curves,
-            analysis.cost,
-            Budget(macs=middle),
-            gain=analysis.gain,
-            pricer=terms.pricer,
-        )
+        plan = choices.plan(Budget(macs=middle), fast=True)
         assert plan.latency_s is not None and plan.dense_latency_s is not None
         if plan.latency_s / plan.dense_latency_s > latency:
             high = middle
@@ -56,15 +58,72 @@ def figures(
     return {"latency_ratio": proof["latency"].to_dict(), "macs": true_macs(model, x[:1])}
 
 
+def table(found: list[rows.Row]) -> str:
+    """Markdown of the newest row of each method and budget."""
+    newest = {(r["method"], r["budget"]): r for r in found if r["method"] in TITLES}
+    budgets = sorted({budget for _, budget in newest}, reverse=True)
+    lines = [
+        "| top-1 kept @ latency measured, of dense | "
+        + " | ".join(f"latency {b:.2f}" for b in budgets)
+        + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for method, title in TITLES.items():
+        cells = [_cell(newest.get((method, budget))) for budget in budgets]
+        if any(cell != "not run" for cell in cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    shown = list(newest.values())
+    last = shown[-1]
+    commits = ", ".join(sorted({row["commit"] for row in shown}))
+    lines += [
+        "",
+        f"Real ImageNet ViT-Tiny/16, batch {last['batch']}, fp32, {last['threads']} thread of an "
+        f"{last['device']}; calibrated on unlabelled images, no training, judged on {last['test_images']} "
+        "others. A cell is pruned top-1 / dense top-1 ± one standard error, paired per image, @ the time of "
+        "the pruned model by the dense one's with its 95 % interval, in interleaved rounds. The other methods "
+        "were given the MACs that hwprune needs for that latency by prediction; what time they take is theirs.",
+        f"Rows: profiles/rows/{ROWS.name}, commit {commits}, torch {last['torch']}, {last['date'][:10]}. "
+        f"Again: `scripts/bench {NAME}`.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: rows.Row | None) -> str:
+    if row is None:
+        return "not run"
+    if "refused" in row:
+        return "refused"
+    seen = row["latency_ratio"]
+    return (
+        f"{row['top1_ratio']:.3f} ± {row['top1_ratio_se']:.3f} @ {seen['value']:.3f} "
+        f"[{seen['lo']:.3f}, {seen['hi']:.3f}]"
+    )
+
+
 def main() -> None:
-    """Prune, measure, append rows, print."""
+    """Prune, measure, append rows, print; or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
-    parser.add_argument("--methods", default="latency,macs,torch-pruning,lpvit")
+    parser.add_argument("--methods", default=",".join(TITLES))
+    parser.add_argument("--refine", type=int, default=16, help="plans tried by the method refined")
+    parser.add_argument(
+        "--table", action="store_true", help="make a table of the rows, run nothing"
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into README.md")
     parser.add_argument("--device", help="profile; default: this machine's own")
     parser.add_argument("--calibration", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.table:
+        text = table(rows.read(ROWS))
+        print(text)
+        if options.write:
+            rows.write_between(rows.ROOT / "README.md", NAME, text)
+        return
+    methods = options.methods.split(",")
+    unknown = sorted(set(methods) - set(TITLES))
+    if unknown:
+        parser.error(f"expected methods among {', '.join(TITLES)}, got {', '.join(unknown)}")
     gone = imagenet.missing()
     if gone:
         print(f"skipped: {gone}")
@@ -78,7 +137,6 @@ def main() -> None:
         raise SystemExit(f"vit-contract: {terms.notes[0]}")
     analysis = analyse(dense, batches, seed=options.seed)
     before = quality.logits(dense, task.images)
-    methods = options.methods.split(",")
     for latency in map(float, options.budgets.split(",")):
         macs = macs_of_same_latency(dense, analysis, terms, latency)
         for method in methods:
@@ -88,18 +146,28 @@ def main() -> None:
                 "budget": latency,
                 "profile": terms.pricer.network.costs.profile.name,
                 "batch": BATCH,
-                "asked_macs": None if method == "latency" else macs,
+                "asked_macs": None if method in ("latency", "refined") else macs,
             }
             try:
                 model = copy.deepcopy(dense)
-                if method in ("latency", "macs"):
-                    asked = Budget(latency=latency) if method == "latency" else Budget(macs=macs)
-                    device = options.device if method == "latency" else None
+                if method in ("latency", "refined", "macs"):
+                    on_time = method != "macs"
                     report = prune(
-                        model, batches, asked, device=device, analysis=analysis, timed_batch=BATCH
+                        model,
+                        batches,
+                        Budget(latency=latency) if on_time else Budget(macs=macs),
+                        device=options.device if on_time else None,
+                        refine=options.refine if method == "refined" else 0,
+                        analysis=analysis,
+                        timed_batch=BATCH,
                     )
-                    if method == "latency":
+                    if on_time:
                         row["predicted"] = report.to_dict()["predicted"]["latency_ratio"]
+                    if report.plans:
+                        row["plans"] = [
+                            {k: v for k, v in plan.items() if k != "factors"}
+                            for plan in report.plans
+                        ]
                     row["seconds"] = sum(report.seconds.values())
                 elif method == "lpvit":
                     model, row["seconds"] = lpvit(dense, batches, macs)

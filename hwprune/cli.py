@@ -47,7 +47,12 @@ app = typer.Typer(
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
+    no_color: Annotated[
+        bool, typer.Option("--no-color", help="No colours, here or behind a command; as NO_COLOR=1")
+    ] = False,
 ) -> None:
+    if no_color:
+        os.environ["NO_COLOR"] = "1"
     if version:
         from hwprune import __version__
 
@@ -152,10 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--no-color" in words:  # of the program, wherever it stands
+        words = ["--no-color", *(word for word in words if word != "--no-color")]
     try:
-        code = app(
-            args=None if argv is None else list(argv), prog_name="hwprune", standalone_mode=False
-        )
+        code = app(args=words, prog_name="hwprune", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

@@ -6,21 +6,19 @@ import importlib
 import importlib.util
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hwprune.cli_report import add_page
 from hwprune.exits import BAD_INPUT, OUT_OF_REACH, plainly, say
 from hwprune.terminal import (
     STDOUT,
+    Steps,
     check_json,
     figure,
     on_device_lines,
@@ -56,50 +54,14 @@ class Dtype(StrEnum):
     bf16 = "bf16"
 
 
-class Bars:
-    """The steps of the run, with loss, price and time left while it learns; silent when piped."""
+def _learned(steps: Steps) -> Callable[[Learned], None]:
+    """Reports updates of the gates, with loss, price and what is settled."""
 
-    def __init__(self) -> None:
-        """Make it; nothing shows before a step is reported."""
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description:<16}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f} %  {task.fields[note]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
+    def told(at: Learned) -> None:
+        note = f"loss {at.loss:.3g}  price {at.price:.3f}  settled {at.settled:.0%}"
+        steps("learn the gates", at.step, at.steps, note)
 
-    def __enter__(self) -> Bars:
-        """Start drawing."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Wipe the bars."""
-        self._progress.stop()
-
-    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
-        """Report that `done` of `total` of a step is through."""
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=total, note="")
-        self._progress.update(self._tasks[step], completed=done, total=total, note=note)
-
-    def learned(self, at: Learned) -> None:
-        """Report an update of the gates."""
-        minutes, seconds = divmod(int(at.seconds_left), 60)
-        note = (
-            f"loss {at.loss:.3g}  price {at.price:.3f}  settled {at.settled:.0%}  "
-            f"{minutes}:{seconds:02d} left"
-        )
-        self("learn the gates", at.step, at.steps, note)
+    return told
 
 
 def prune_diffusion(
@@ -205,7 +167,7 @@ def prune_diffusion(
     ] = None,
 ) -> None:
     """Prune a diffusion model to a budget by what is lost of its final latents: no images needed."""
-    with plainly(), _diffusion_errors(), Bars() as bars:
+    with plainly() as ending, _diffusion_errors(), Steps() as bars:
         if prompts is not None and labels is not None:
             raise ValueError("--prompts and --labels: give one of them")
         asked = _prompts(prompts) if prompts is not None else _labels(labels)
@@ -217,6 +179,7 @@ def prune_diffusion(
         limits = Budget.parse(budget)
         check_target(out, Path(model).expanduser(), force=force)
         keep = work if work is not None else out.with_name(f".{out.name}.work")
+        ending.kept = f"what was learned is kept in {keep}: the same command goes on from there"
         bars("open the model", 0, 1)
 
         import torch
@@ -262,7 +225,7 @@ def prune_diffusion(
             folder=keep,
             offload=offload,
             progress=bars,
-            watch=bars.learned,
+            watch=_learned(bars),
             preview=lambda gating, kept: pictures.preview(gating, kept, keep / "samples.png"),
         )
         bars("save", 0, 1)

@@ -70,7 +70,7 @@ def profile(
     A run that is stopped goes on with the same command. Use the profile with --device FILE, or put it into a
     folder that HWPRUNE_PROFILES names.
     """
-    with plainly(), Steps(still=True) as steps:
+    with plainly() as ending, Steps(still=True) as steps:
         if not 0 < minutes < float("inf"):
             raise ValueError(f"--minutes: expected a positive number, got {minutes:g}")
         if threads is not None and threads < 1:
@@ -105,6 +105,7 @@ def profile(
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"--out: no permission to write into {folder}")
         partial = target.with_name(f".{target.stem}.partial.json")
+        ending.kept = f"what was measured is kept in {partial}: the same command goes on from there"
         if fresh:
             partial.unlink(missing_ok=True)
         ops = profile_ops(images, types) if model is None else _of(model, images, types, steps)

@@ -178,7 +178,8 @@ def prune(
     json: Json = None,
 ) -> None:
     """Prune MODEL to a budget and save it: no labels, no training."""
-    with plainly(), Steps() as steps:
+    with plainly() as ending, Steps() as steps:
+        ending.kept = "nothing was written; the same command begins again"
         tile = _tile(block)
         chosen = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
         for option, value in (

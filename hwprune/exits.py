@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import typer
 
@@ -16,13 +17,25 @@ def say(message: str) -> None:
     print(f"hwprune: {message}", file=sys.stderr)
 
 
+@dataclass
+class Ending:
+    """What a command says when it is stopped by Ctrl-C.
+
+    Attributes:
+        kept: what is left of the work, and how to go on; the command sets it as it goes.
+    """
+
+    kept: str = ""
+
+
 @contextmanager
-def plainly() -> Iterator[None]:
+def plainly() -> Iterator[Ending]:
     """Turn what a user can mend into one line and an exit code; anything else is a bug and shows as one."""
+    ending = Ending()
     try:
-        yield
+        yield ending
     except KeyboardInterrupt:
-        say("interrupted")
+        say(f"interrupted; {ending.kept}" if ending.kept else "interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         raise  # the reader of our output is gone: `main` ends quietly

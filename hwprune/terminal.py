@@ -1,6 +1,7 @@
 """What the command line shows: progress with time left, tables within 100 columns, JSON files.
 
-Progress goes to stderr and only to a terminal; results go to stdout. NO_COLOR is honoured (by rich).
+Progress goes to stderr and only to a terminal; results go to stdout. NO_COLOR, which --no-color sets, is
+honoured by rich.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Steps:
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
             auto_refresh=not still,
@@ -61,11 +63,11 @@ class Steps:
         """Wipe the bars and give the terminal back as it was."""
         self._progress.stop()
 
-    def __call__(self, step: str, done: int, total: int) -> None:
-        """Report that `done` of `total` of a step is through."""
+    def __call__(self, step: str, done: int, total: int, note: str = "") -> None:
+        """Report that `done` of `total` of a step is through, with a word on how it stands."""
         if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[step], completed=done, total=total)
+            self._tasks[step] = self._progress.add_task(step, total=total, note="")
+        self._progress.update(self._tasks[step], completed=done, total=total, note=note)
         if self._still:
             self._progress.refresh()
 

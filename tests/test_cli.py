@@ -219,7 +219,11 @@ def test_ctrl_c_is_exit_130_and_leaves_nothing_behind(
     monkeypatch.setattr(where, interrupt)
     words = ("--budget", "macs=0.9", "--out", tmp_path / "x", "--json", tmp_path / "x.json")
     ran = Ran(capsys, *PRUNE, *words)
-    assert (ran.code, ran.out, ran.err) == (130, "", "hwprune: interrupted\n")
+    assert (ran.code, ran.out, ran.err) == (
+        130,
+        "",
+        "hwprune: interrupted; nothing was written; the same command begins again\n",
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,14 @@ def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["shrink"])
     assert ended.value.code == 2 and "No such command 'shrink'" in capsys.readouterr().err
+
+
+def test_colours_go_where_they_are_not_wanted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in (["--no-color", "devices"], ["devices", "--no-color"]):
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 0 and os.environ.pop("NO_COLOR") == "1"
+    assert "amd" in capsys.readouterr().out.lower()

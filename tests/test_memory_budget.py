@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from test_contract import KINDS, images, vit
 
 from hwprune import contract as contract_
+from hwprune import opening
 from hwprune import proof as proof_
 from hwprune.allocate import Budget, UnreachableBudget
+from hwprune.cli import main
+from hwprune.digits import digits_model
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.memory import Memory, peak_memory
 from hwprune.pruning import prune
@@ -128,3 +133,30 @@ def test_units_of_memory() -> None:
 def test_words_that_are_no_memory_are_refused(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Budget.parse([word])
+
+
+def test_the_command_keeps_a_memory_budget_or_ends_with_3_and_what_can_be_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(opening, "digits_model", lambda progress=None: digits_model(pretrained=False))
+    words = ["prune", "digits", "--data", "digits", "--calibration", "16", "--no-repair"]
+
+    def run(*more: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([*words, *map(str, more)])
+        return int(ended.value.code or 0)
+
+    out, told = tmp_path / "out", tmp_path / "told.json"
+    assert run("--budget", "memory=0.8", "--out", out, "--json", told) == 0
+    found = json.loads(told.read_text())
+    assert found["measured"]["memory_ratio"]["value"] <= 0.8
+    assert "memory, of dense: " in capsys.readouterr().out
+    assert run("--budget", "memory=9kB", "--out", tmp_path / "no") == 3
+    said = capsys.readouterr().err
+    assert "budget memory <= 9000" in said and "out of reach" in said
+    assert not (tmp_path / "no").exists()
+    assert run("--budget", "memory=12M", "--out", tmp_path / "no") == 2
+    assert "one with B, kB, MB" in capsys.readouterr().err
+    assert run("--budget", "macs=0.9", "--energy-weight", "-1", "--out", tmp_path / "no") == 2
+    assert "energy_weight: expected a number of at least 0" in capsys.readouterr().err

@@ -114,6 +114,16 @@ def analyse(
 
     Raises:
         ValueError: an unknown objective; see `find_units` and `calibrate`.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> from hwprune.digits import digits_model
+        >>> model = digits_model(pretrained=False)
+        >>> images = [torch.randn(8, 1, 16, 16)]
+        >>> analysis = hwprune.analyse(model, images, kinds=["neuron"])
+        >>> hwprune.prune(model, images, hwprune.Budget(macs=0.8), analysis=analysis).kinds
+        ('neuron',)
     """
     seconds: dict[str, float] = {}
 

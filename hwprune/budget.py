@@ -38,6 +38,11 @@ class Budget:
         latency: time of a batch on a device.
         energy: of a batch on a device.
         memory: bytes of the weights and of the activations of a batch, at the worst moment of a forward.
+
+    Example:
+        >>> import hwprune
+        >>> hwprune.Budget(latency=0.7, params="50M").given
+        {'params': '50M', 'latency': 0.7}
     """
 
     macs: float | None = None

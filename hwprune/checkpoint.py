@@ -112,6 +112,15 @@ def save(
         OSError: the disk is full or refuses; an old folder is as it was.
         ValueError: the model cannot be described in a file, or holds NaN or Inf.
         CheckpointError: what was written does not open as the same model; nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> import hwprune
+        >>> from hwprune.digits import digits_model
+        >>> folder = f"{tempfile.mkdtemp()}/model"
+        >>> hwprune.save(digits_model(pretrained=False), folder)
+        >>> type(hwprune.load(folder)).__name__
+        'VisionTransformer'
     """
     if format not in ("pruned", "dense"):
         raise ValueError(f"format: expected 'pruned' or 'dense', got {format!r}")
@@ -199,6 +208,9 @@ def load(
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged, mixed from two models, of another
             version, or asks for something no model of ours has.
+
+    Example:
+        >>> hwprune.load("deit_tiny_070", device="cuda:0")  # doctest: +SKIP
     """
     if (Path(folder) / "model_index.json").is_file():
         pipeline: nn.Module = load_pipeline(Path(folder), device, dtype)

@@ -97,6 +97,12 @@ def prune_diffusion(
             asked for; the model is unchanged.
         ValueError: bad input; the model is unchanged.
         FloatingPointError: NaN in a trajectory, with step and layer; the model is unchanged.
+
+    Example:
+        >>> import hwprune
+        >>> pipeline = hwprune.load("sdxl")  # doctest: +SKIP
+        >>> budget = hwprune.Budget(params=0.8)
+        >>> hwprune.prune_diffusion(pipeline, ["a cat", "a dog"], budget, steps=8)  # doctest: +SKIP
     """
     choose = method_named(method)
     _check(steps=steps, updates=updates, images=images, batch=batch)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hwprune.report import promised, ratio_lines
+from hwprune.report import html_table, promised, ratio_lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffusionReport:
     """The record of one run; `to_dict` is what `report.json` holds.
 
@@ -84,3 +84,9 @@ class DiffusionReport:
             *ratio_lines(self.on_device),
         ]
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        return html_table(self.to_dict(), str(self).splitlines()[2:])

@@ -24,6 +24,12 @@ class ConstantBranch(nn.Module):
     Args:
         features: width of the output, D.
         bias: [D], or None for a branch without bias (contributes zeros).
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> hwprune.ConstantBranch(4)(torch.randn(2, 3, 4)).shape
+        torch.Size([2, 3, 4])
     """
 
     def __init__(self, features: int, bias: Tensor | None = None) -> None:
@@ -90,6 +96,13 @@ class SlimAttention(nn.Module):
 
     Attributes:
         empty: class of what is left where every head is gone.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> slim = hwprune.SlimAttention(dim=64, heads=2, qk_width=8, v_width=16, scale=0.25, dim_out=64)
+        >>> slim(torch.randn(1, 10, 64)).shape
+        torch.Size([1, 10, 64])
     """
 
     empty: type[ConstantBranch] = ConstantBranch
@@ -277,6 +290,15 @@ class BlockSparseLinear(nn.Module):
 
         Raises:
             ValueError: `keep` has another shape or dtype.
+
+        Example:
+            >>> import torch
+            >>> import hwprune
+            >>> keep = torch.tensor([[True, False], [False, True]])
+            >>> linear = torch.nn.Linear(128, 128)
+            >>> layer = hwprune.BlockSparseLinear.from_dense(linear, keep, block=(64, 64))
+            >>> layer.density
+            0.5
         """
         cut = BlockSparseWeight.from_dense(linear.weight.detach(), keep, block)
         has_bias = linear.bias is not None

@@ -91,6 +91,16 @@ def prune(
     Raises:
         UnreachableBudget: the budget is out of reach; the model is unchanged.
         ValueError: bad input; the model is unchanged.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> from hwprune.digits import digits_model
+        >>> model = digits_model(pretrained=False)  # stands for yours
+        >>> images = [torch.randn(8, 1, 16, 16)]
+        >>> report = hwprune.prune(model, images, hwprune.Budget(macs=0.7))
+        >>> report.macs_ratio <= 0.7
+        True
     """
     refuse_pruned(model)
     if objective == "lpvit":

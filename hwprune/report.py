@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hwprune.meter.estimate import Unavailable
 from hwprune.meter.provenance import provenance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The record of one run; `to_dict` is what `report.json` holds.
 
@@ -90,6 +91,30 @@ class Report:
             *ratio_lines(self.on_device),
         ]
         return "\n".join([*lines, *(f"warning: {w}" for w in self.warnings)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        return html_table(self.to_dict(), str(self).splitlines()[2:])
+
+
+def html_table(told: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """A compact table for notebooks: MACs and parameters before and after, and lines below it.
+
+    Args:
+        told: `to_dict()` of a report.
+        notes: plain text.
+    """
+    rows = []
+    for key, name in (("macs", "MACs"), ("params", "parameters")):
+        cells = f"<td>{told[f'dense_{key}'] / 1e6:.2f} M</td><td>{told[key] / 1e6:.2f} M</td>"
+        rows.append(f"<tr><th>{name}</th>{cells}<td>{told[f'{key}_ratio']:.3f}</td></tr>")
+    asked = ", ".join(f"{metric}={limit}" for metric, limit in told["budget"].items())
+    head = "<tr><th></th><th>dense</th><th>pruned</th><th>ratio</th></tr>"
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    title = f"<caption>pruned to {html.escape(asked)}</caption>"
+    return f"<table>{title}<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>{below}"
 
 
 def ratio_lines(on_device: Mapping[str, Any]) -> list[str]:

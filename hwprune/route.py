@@ -82,6 +82,16 @@ def route_(
     Raises:
         ValueError: `model` is a BlockSparseLinear itself, which cannot be replaced in place.
         ProfileError: `costs` are another device's, and not `force`.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> keep = torch.rand(4, 4) < 0.5
+        >>> layer = hwprune.BlockSparseLinear.from_dense(torch.nn.Linear(128, 128), keep, block=(32, 32))
+        >>> model = torch.nn.Sequential(layer)
+        >>> choices = hwprune.route_(model, torch.randn(8, 128), measure=True)
+        >>> choices[0].impl in ("block_sparse", "compact", "dense")
+        True
     """
     if isinstance(model, BlockSparseLinear):
         raise ValueError(

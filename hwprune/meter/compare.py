@@ -107,6 +107,13 @@ def measure(
 
     Raises:
         ValueError: inputs, names, mode, rounds or devices that make no sense, before anything is run.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> found = hwprune.measure(torch.nn.Linear(64, 64), torch.randn(8, 64), rounds=2, energy=False)
+        >>> found.latency_s.value > 0
+        True
     """
     forwards = _forwards(model, against)
     equal = dict(equivalent or {})

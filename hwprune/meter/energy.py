@@ -80,6 +80,14 @@ def measure_energy(
 
     Raises:
         ValueError: a device of no known form.
+
+    Example:
+        >>> import torch
+        >>> import hwprune
+        >>> with hwprune.measure_energy("rapl") as energy:
+        ...     product = torch.randn(512, 512) @ torch.randn(512, 512)
+        >>> (energy.energy_j is None) == bool(energy.reason)  # a figure, or why there is none
+        True
     """
     clock = clock or RealClock()
     own = source is None

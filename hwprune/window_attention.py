@@ -142,7 +142,8 @@ class SlimWindowAttention(SlimAttention):
         bias_1HNN = self.bias()[None]
         if mask is not None:
             joint_WHNN = bias_1HNN + mask[:, None]
-            bias_1HNN = joint_WHNN.repeat(len(x) // len(mask), 1, 1, 1)
+            # Shapes and not len(): torch.export would take the number of images for a constant.
+            bias_1HNN = joint_WHNN.repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         qkv = self.qkv(x)
         out = self.proj(self.attend(qkv, attn_mask=bias_1HNN.to(qkv.dtype)))
         return F.dropout(out, self.proj_drop_p, self.training)

@@ -24,6 +24,9 @@ from hwprune.window_attention import SlimWindowAttention
 
 timm = pytest.importorskip("timm")
 
+# How timm resamples position biases: torch tells of the copies it makes.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:timm.layers.interpolate")
+
 
 def tiny() -> tuple[nn.Module, Tensor]:
     return swin.examples()["v1"]()
@@ -132,6 +135,29 @@ def test_stock_timm_opens_a_pruned_swin_bit_for_bit(pruned: tuple[Path, nn.Modul
     assert any(isinstance(m, SlimWindowAttention) for m in model.modules())
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert torch.equal(again(x), model(x))
+
+
+@torch.no_grad()
+def test_stock_timm_opens_it_at_another_image_size(
+    pruned: tuple[Path, nn.Module, Tensor],
+) -> None:
+    folder, _, _ = pruned
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, img_size=40).eval()
+    resized = hwprune.load(folder)
+    resized.set_input_size((40, 40))
+    x = torch.randn(2, 3, 40, 40)
+    assert torch.equal(again(x), resized(x))
+
+
+@torch.no_grad()
+def test_a_pruned_swin_exports_for_any_number_of_images(
+    pruned: tuple[Path, nn.Module, Tensor],
+) -> None:
+    _, model, x = pruned
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    more = torch.randn(5, 3, 28, 28)
+    torch.testing.assert_close(program(more), model(more), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

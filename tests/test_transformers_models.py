@@ -173,6 +173,23 @@ def test_half_precision_comes_back_as_saved(tmp_path: Path) -> None:
         assert same(again, model, x.to(torch.bfloat16))
 
 
+def test_another_type_may_be_asked_for(saved: Saved) -> None:
+    folder, model, _ = saved("clip")
+    again = type(model).from_pretrained(folder, dtype=torch.float16)
+    assert {p.dtype for p in again.parameters()} == {torch.float16}
+    assert {p.dtype for p in hwprune.load(folder, dtype=torch.float64).parameters()} == {
+        torch.float64
+    }
+
+
+def test_a_pruned_encoder_can_be_trained_further(saved: Saved) -> None:
+    folder, model, x = saved("vit")
+    again = type(model).from_pretrained(folder).train()
+    loss = again(x, labels=torch.tensor([1, 2])).loss
+    loss.backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
 def edited(folder: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy whose config.json was changed."""
     shutil.copytree(folder, target)

@@ -46,6 +46,8 @@ def by_magnitude(
     """
     allowed = families.of(model).find_units(model)
     units = [unit for unit in allowed if unit.kind in ("head", "neuron")]
+    if not units:
+        return
     found = curves_from_scores(units, magnitude(model, units, batches))
     choices = offer(
         model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ from hwprune.contract import Contract
 from hwprune.lpvit_plan import lpvit_plan
 from hwprune.plan import Plan, select
 from hwprune.refine import Factors, factored, refine
+from hwprune.statistics import frozen
 from hwprune.trial import Trials, spread
-from hwprune.units import Mask, full_mask
+from hwprune.units import Layer, Mask, full_mask
 
 
 class Planner:
@@ -47,7 +48,7 @@ class Planner:
         """Keep the arguments."""
         self.model, self.analysis, self.budget, self.terms = model, analysis, budget, terms
         self.round_to, self.repair, self.energy_weight = round_to, repair, energy_weight
-        self.factors: Factors = {}
+        self.weighed: Choices | None = None  # with the factors of the best plan that was tried
 
     def offered(self, factors: Factors) -> Choices:
         """The options with factors on their curves."""
@@ -67,11 +68,6 @@ class Planner:
     def plain(self) -> Choices:
         """The options by the curves as they came."""
         return self.offered({})
-
-    @cached_property
-    def chosen(self) -> Choices:
-        """The options with the factors found."""
-        return self.offered(self.factors) if self.factors else self.plain
 
     def solve(self, scale: Mapping[str, float]) -> tuple[Plan, Mask]:
         """The plan and its mask.
@@ -93,25 +89,30 @@ class Planner:
                 self.budget,
                 repair=self.repair,
             )
-        plan = self.chosen.plan(self.budget, scale=scale)
-        if self.factors:
+        # Refined plans come from the fast solver, and so does the one that is kept: the plan that was tried.
+        choices = self.plain if self.weighed is None else self.weighed
+        plan = choices.plan(self.budget, scale=scale, fast=self.weighed is not None)
+        if self.weighed is not None:
             plan = replace(plan, distortion=self.predicted(plan))
         return plan, {**full_mask(analysis.units), **select(analysis.curves, plan)}
 
     def predicted(self, plan: Plan) -> float:
         """Distortion of a plan by the curves as they came, whatever factors it was solved with."""
         total = 0.0
-        for losses in self._losses:
-            total += next(loss for keep, loss in losses if keep <= plan.keep.items())
+        for layer, options in self.plain.groups:
+            same = (o.distortion for o in options if o.keep.items() <= plan.keep.items())
+            # Tiles of several linears are offered together in combinations that depend on the factors.
+            found = next(same, None)
+            total += self._tiles_lost(layer, plan) if found is None else found
         return total
 
-    @cached_property
-    def _losses(self) -> list[list[tuple[Set[tuple[str, int]], float]]]:
-        """What each option keeps, and its distortion by the curves as they came."""
-        return [
-            [(option.keep.items(), option.distortion) for option in options]
-            for _, options in self.plain.groups
-        ]
+    def _tiles_lost(self, layer: Layer, plan: Plan) -> float:
+        total = 0.0
+        for curve in self.analysis.curves.values():
+            if curve.units.layer.name == layer.name and curve.units.kind == "block":
+                gone = curve.units.count - plan.keep[curve.units.name]
+                total += float(curve.distortion[gone]) * self.analysis.gain.get("block", 1.0)
+        return total
 
     def refined(
         self, batches: Sequence[Tensor], candidates: int, seed: int, progress: StepProgress | None
@@ -130,19 +131,19 @@ class Planner:
         first, mask = self.solve({})
         if all(bool(grid.all()) for grid in mask.values()):
             return ()
-        trials = Trials.of(self.model, self.analysis, spread(batches))
 
         def plan_of(factors: Factors) -> Plan:
             return self.offered(factors).plan(self.budget, fast=True) if factors else first
 
-        found = refine(
-            trials,
-            plan_of,
-            self.predicted,
-            candidates,
-            seed=seed,
-            start=dict(self.analysis.factors),
-            progress=None if progress is None else (lambda d, t: progress("refine", d, t)),
-        )
-        self.factors = found.factors
+        with frozen(self.model):  # no dropout, and all as it was afterwards
+            found = refine(
+                Trials.of(self.model, self.analysis, spread(batches)),
+                plan_of,
+                self.predicted,
+                candidates,
+                seed=seed,
+                start=dict(self.analysis.factors),
+                progress=None if progress is None else (lambda d, t: progress("refine", d, t)),
+            )
+        self.weighed = self.offered(found.factors) if found.factors else None
         return tuple(found.rows())

@@ -214,6 +214,27 @@ def test_prune_tells_what_it_tried_and_which_won() -> None:
     assert "refine" in report.seconds
 
 
+def test_tiles_beside_whole_units_are_refined_too() -> None:
+    model = vit()
+    kinds = ("block", "head", "neuron")
+    report = prune(model, images(), Budget(macs=0.5), kinds=kinds, block=(6, 8), refine=5)
+    assert len(report.plans) >= 2 and report.macs_ratio <= 0.5
+    (won,) = (row for row in report.plans if row["won"])
+    assert report.distortion["predicted"] == pytest.approx(won["predicted"])
+
+
+def test_dropout_of_a_model_in_training_does_not_reach_the_trials() -> None:
+    found = []
+    for training in (False, True):
+        model = vit()
+        for block in model.blocks:
+            block.mlp.drop1 = nn.Dropout(0.5)
+        model.train(training)
+        found.append(prune(model, images(), Budget(macs=0.6), refine=2, round_to=16).plans)
+        assert model.training == training and all(p.requires_grad for p in model.parameters())
+    assert [row["true"] for row in found[0]] == [row["true"] for row in found[1]]
+
+
 def test_without_refinement_the_plan_is_that_of_the_curves_alone() -> None:
     found = analyse(vit(), images())
     plan = allocate(vit(), found.curves, found.cost, Budget(macs=0.6), gain=GAIN)

@@ -38,6 +38,7 @@ class Pricer:
     dtype: str
     dense: Prediction
     _known: dict[Op, Prediction] = field(default_factory=dict)
+    _priced: dict[tuple[object, ...], tuple[float, float | None]] = field(default_factory=dict)
 
     def price(
         self, model: nn.Module, layer: Layer, keep: Structure, tokens: int
@@ -47,6 +48,14 @@ class Pricer:
         Raises:
             UnknownOp: the profile says nothing about an operation of the layer.
         """
+        key = (layer.name, tokens, keep.heads, keep.qk, keep.v, keep.neurons, *_items(keep))
+        if key not in self._priced:  # a search prices the same options hundreds of times
+            self._priced[key] = self._summed(model, layer, keep, tokens)
+        return self._priced[key]
+
+    def _summed(
+        self, model: nn.Module, layer: Layer, keep: Structure, tokens: int
+    ) -> tuple[float, float | None]:
         ops = layer_operations(
             model,
             layer,
@@ -78,6 +87,12 @@ class Pricer:
         """Half-width of the intervals of what was priced, the median operation's; from held-out errors."""
         found = [(p.hi_s - p.lo_s) / 2 / p.latency_s for p in self._known.values()]
         return statistics.median(found) if found else 0.0
+
+
+def _items(keep: Structure) -> tuple[object, ...]:
+    """Stored weights and tiles, as part of a key."""
+    weights = None if keep.weights is None else tuple(keep.weights.items())
+    return weights, None if keep.tiles is None else tuple(keep.tiles.items())
 
 
 @dataclass(frozen=True, eq=False)

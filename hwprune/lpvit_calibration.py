@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hwprune.statistics import model_output
 from hwprune.units import Slice, reduce
 
 Block = tuple[int, int]
@@ -98,7 +99,7 @@ def calibrate(
     facts: dict[str, tuple[int, int, int]] = {}
     for batch in batches:
         with _recorded(model, modules) as calls, torch.enable_grad():
-            logits = model(batch.detach().clone().requires_grad_())
+            logits = model_output(model, batch.detach().clone().requires_grad_())
             outputs = [_only_output(calls, name) for name in names]
             split = [n for n in names if len(calls[n][0][0]) != len(batch)]
             if split and not facts:  # once

@@ -58,10 +58,11 @@ def prune(
     analysis: Analysis | None = None,
     progress: StepProgress | None = None,
 ) -> Report:
-    """Prune a timm vision transformer in place to a budget, without training and without labels.
+    """Prune a vision transformer in place to a budget, without training and without labels.
 
     Args:
-        model: dense timm ViT; on return it is the smaller model (still the same `nn.Module`).
+        model: dense, of timm (ViT, DeiT, DINO, EVA, CLIP, SigLIP, Swin) or of transformers (ViT, DeiT, DINOv2,
+            CLIP, SigLIP); on return it is the smaller model (still the same `nn.Module`).
         batches: calibration images [B, 3, height, width], normalised as the model wants them.
         budget: e.g. Budget(macs=0.6); a limit of 1.0 or more leaves the model bit for bit as it is.
         device: device profile (name or file) for budgets of latency and energy; None = this machine's own.

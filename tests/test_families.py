@@ -248,3 +248,11 @@ def test_an_example_goes_the_whole_road_to_a_folder_and_back(example: str, tmp_p
     again = load(tmp_path / "pruned")
     with torch.no_grad():
         assert torch.equal(model_output(again, x), model_output(model.eval(), x))
+
+
+@pytest.mark.parametrize("example", ["hf_vit.clip", "swin.v1", "timm_vit.deit distilled"])
+def test_lpvit_s_objective_takes_every_family(example: str) -> None:
+    _, model, x = opened(example)
+    model, x = model.float(), x.float()
+    report = prune(model, [x], Budget(macs=0.75), objective="lpvit", block=(8, 12))
+    assert 0.7 < report.macs_ratio <= 0.75

@@ -129,6 +129,30 @@ def test_a_page_says_what_the_report_says(folder: Path) -> None:
     assert "budgets macs and params need no clock" in text and "hwprune eval" in text
 
 
+def test_a_diffusion_report_tells_of_latents_and_not_of_labels(folder: Path) -> None:
+    report = {k: v for k, v in read_report(folder).items() if k not in ("distortion", "curves")}
+    report |= {
+        "method": "ours",
+        "distance": {
+            "held": 0.25,
+            "held_se": 0.01,
+            "relative": 0.125,
+            "check": 0.2,
+            "unrepaired": 0.3,
+        },
+        "images": {"train": 8, "check": 2, "held": 16, "conditions": 4},
+        "learning": {"updates": 3, "settled": False, "losses": [0.1, 0.2, 0.3]},
+        "layers": [{"layer": "a.attn", "kind": "head", "kept": 2, "of": 3}],
+        "tiles": [],
+    }
+    page = Page(render(report, title="t", source="r", samples="data:image/png;base64,AAAA"))
+    whole(page)
+    text = " ".join(page.text.split())
+    assert "held-out images (16) 0.25 ± 0.01 12.50 %" in text and "a.attn 2 of 3" in text
+    assert "MACs of an evaluation" in text and "top-1" not in text and "no labels" not in text
+    assert len(page.of("svg")) == 2 and len(page.of("img")) == 1
+
+
 def test_nothing_of_a_report_is_markup(folder: Path) -> None:
     report = json.loads(json.dumps(read_report(folder)).replace("blocks.0.attn", "HERE"))
 

@@ -173,8 +173,9 @@ def _lead(report: Mapping[str, Any]) -> str:
     kinds = ", ".join(map(str, report.get("kinds") or ())) or "no units"
     limits = ", ".join(f"{k}={words.plain(v)}" for k, v in facts.part(report, "budget").items())
     method = report.get("method")
+    needless = "no images were needed" if facts.is_diffusion(report) else "no labels were used"
     how = f" by the method {method}" if method else ""
-    return f"Pruned to {limits}{how}, by removing units of kinds {kinds}; no labels were used."
+    return f"Pruned to {limits}{how}, by removing units of kinds {kinds}; {needless}."
 
 
 def _cards(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -183,7 +184,7 @@ def _cards(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for key, name in (("macs", "MACs"), ("params", "parameters")):
         change = f"{words.count(report.get(f'dense_{key}'))} to {words.count(report.get(key))}"
         found.append((name, f"× {words.quantity(report.get(f'{key}_ratio'), '')}", change))
-    for metric in ("latency", "energy"):
+    for metric in ("latency", "energy", "memory"):
         for when in ("measured", "predicted"):
             figure = facts.part(report, when).get(f"{metric}_ratio")
             if isinstance(figure, Mapping) and words.number(figure.get("value")) is not None:

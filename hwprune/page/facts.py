@@ -20,7 +20,7 @@ from hwprune.page.words import (
 )
 
 Report = Mapping[str, Any]
-_METRICS = {"macs": "MACs of an image", "params": "parameters"}
+_METRICS = ("macs", "params")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,18 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+
+
+def is_diffusion(report: Report) -> bool:
+    """Whether the report is of a denoiser."""
+    return "distance" in report
+
+
+def metric_name(report: Report, metric: str) -> str:
+    """What macs and params are of."""
+    if metric == "params":
+        return "parameters"
+    return "MACs of an evaluation" if is_diffusion(report) else "MACs of an image"
 
 
 def part(report: Report, key: str) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def asked(report: Report) -> Table:
         relative = number(limit) is not None and float(limit) <= 1
         told = f"at most {plain(limit)}{' of the dense model' if relative else ''}"
         if metric in _METRICS:
-            name, got = _METRICS[metric], number(report.get(f"{metric}_ratio"))
+            name, got = metric_name(report, metric), number(report.get(f"{metric}_ratio"))
             now = got if relative else number(report.get(metric))
             text = f"{ratio(got, 1)} of dense ({count(report.get(metric))}), counted"
             within = "–" if now is None else _verdict(now <= float(limit) * 1.001)
@@ -115,7 +127,8 @@ def before_after(report: Report, stored_bytes: int | None) -> Table:
     notes: list[str] = []
     rows += _accuracy(report, notes)
     rows += _timed(report, notes)
-    for metric, name in _METRICS.items():
+    for metric in _METRICS:
+        name = metric_name(report, metric)
         dense, now = report.get(f"dense_{metric}"), report.get(metric)
         rows.append([name, count(dense), count(now), ratio(now, dense)])
     params, dense_params = number(report.get("params")), number(report.get("dense_params"))
@@ -135,7 +148,7 @@ def before_after(report: Report, stored_bytes: int | None) -> Table:
 def _accuracy(report: Report, notes: list[str]) -> list[list[str]]:
     """Top-1 and top-5 rows, or why there are none."""
     found = {str(r.get("of")): r for r in items(report, "evaluations")}
-    if "distance" in report:
+    if is_diffusion(report):
         return []
     if not found:
         notes.append(
@@ -170,10 +183,10 @@ def _timed(report: Report, notes: list[str]) -> list[list[str]]:
     names = list(arms)
     if not names:
         reason = part(report, "measured").get("reason", "this run timed nothing")
-        notes.append(
-            f"latency, power and energy were not measured: {reason}; `hwprune measure FOLDER --against DENSE "
-            "--json m.json`, then `hwprune report FOLDER --with m.json`"
-        )
+        how = "`hwprune measure FOLDER --against DENSE --json m.json` and `hwprune report FOLDER --with m.json`"
+        if is_diffusion(report):
+            how = "a budget of latency or energy on a profile of this machine has them measured"
+        notes.append(f"latency, power and energy were not measured: {reason}; {how}")
         return [[name, MISSING, MISSING, "–"] for name, _, unit in _ARM_ROWS if unit != "bytes"]
     pruned = part(arms, names[0])
     dense = part(arms, names[1]) if len(names) > 1 else {}

@@ -259,7 +259,7 @@ def prune(
                 else judge(eval_data, text_of(class_map), net, steps),
                 progress=steps,
             )
-            remove_others(points, out)
+            remove_others(front, out)
             files = front.write(out)
             pages = [add_page(out / point["folder"]) for point in front.points if point["folder"]]
             found = {**front.to_dict(), "model": model, "out": str(out), "format": format.value}

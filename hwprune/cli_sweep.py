@@ -108,10 +108,11 @@ def judge(
     return top1
 
 
-def remove_others(points: Points, out: Path) -> None:
+def remove_others(front: Front, out: Path) -> None:
     """Remove the points of a sweep that was there before and is replaced."""
+    saved = {point["folder"] for point in front.points}
     for path in out.iterdir():
-        if path.is_dir() and POINT.fullmatch(path.name) and path.name not in points.folders:
+        if path.is_dir() and POINT.fullmatch(path.name) and path.name not in saved:
             shutil.rmtree(path)
 
 

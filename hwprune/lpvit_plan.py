@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hwprune.budget import Budget
+from hwprune.budget import Budget, UnreachableBudget
 from hwprune.cost import ModelCost, Structure, layer_macs, layer_params
 from hwprune.lpvit import Scored, scored
 from hwprune.plan import Plan
@@ -85,12 +85,17 @@ def lpvit_plan(
         repair: whether weights will be re-fitted, which the prediction then counts in.
 
     Raises:
-        ValueError: a ratio that cannot be reached; says which can.
+        UnreachableBudget: a ratio that cannot be reached; says which can.
     """
     dense = {"macs": cost.macs, "params": float(cost.params)}
     limits = budget.limits(dense)
     ratio = min(1.0, limits["macs"] / cost.macs)
-    masks = found.masks(ratio, true_macs=True, stored=True)
+    try:
+        masks = found.masks(ratio, true_macs=True, stored=True)
+    except ValueError as error:
+        raise UnreachableBudget(
+            f"budget macs <= {limits['macs']:.4g} ({ratio:.3f} of dense) is out of reach of LPViT: {error}"
+        ) from None
     mask = {unit.name: masks[_linear(unit)] for unit in units}
     structures, macs, params = {}, cost.fixed_macs, float(cost.fixed_params)
     for layer in layers_of(units):

@@ -168,7 +168,7 @@ def test_rows_that_mix_images_are_refused() -> None:
         (Budget(params=0.6), {}, "objective lpvit: expected a budget of macs alone, got params"),
         (Budget(macs=0.6, params=0.6), {}, "got macs, params"),
         (Budget(macs=0.6), {"kinds": ("head",)}, "the kind block alone, got head"),
-        (Budget(macs=0.01), {}, "expected at least 0"),
+        (Budget(macs=0.01), {}, "out of reach of LPViT: keep_ratio: expected at least 0"),
         (Budget(macs=0.6), {"objective": "spdy"}, "expected second-order or lpvit, got 'spdy'"),
     ],
 )

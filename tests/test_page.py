@@ -214,6 +214,7 @@ def test_a_front_is_drawn_and_says_which_point_this_is(folder: Path, tmp_path: P
     text = " ".join(page.text.split())
     assert "macs=0.6 (this folder) hwprune 0.59 75" in text and "dense hwprune 1 90" in text
     assert "macs=0.8 magnitude 0.79 50" in text
+    assert "top-1 90.00 % 75.00 % -15.00 points" in text  # of this folder's own point
     for damaged in ("{", "[]", '{"points": [{"budget": 3}]}', '{"points": 3, "dense": []}'):
         file.write_text(damaged)
         assert "Pareto" not in Page(write_page(copied).read_text()).text

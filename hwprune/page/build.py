@@ -82,6 +82,8 @@ def write_page(folder: Path) -> Path:
     report = read_report(folder)
     stored = sum(path.stat().st_size for path in _weights(folder))
     fronts_file = next((p for p in (folder / FRONT, folder.parent / FRONT) if p.is_file()), None)
+    if fronts_file is not None and not report.get("evaluations"):
+        report["evaluations"] = fronts.judged(fronts_file, folder)
     try:
         text = render(
             report,

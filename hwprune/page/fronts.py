@@ -79,6 +79,32 @@ def read(path: Path, folder: Path) -> Front | None:
     )
 
 
+def judged(path: Path, folder: Path) -> list[dict[str, Any]]:
+    """The accuracy of the dense model and of this folder's, where the sweep measured it.
+
+    Args:
+        path: of front.json.
+        folder: that the page is of.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    if not isinstance(found, Mapping):
+        return []
+    mine = [
+        p
+        for p in items(found, "points")
+        if Path(str(p.get("folder") or ".")).name == folder.resolve().name
+    ]
+    told = {"images": found.get("top1_images"), "data": "the labelled images of the sweep"}
+    return [
+        {"of": of, "top1": point["top1"], **told}
+        for of, point in (("dense", part(found, "dense")), ("pruned", mine[0] if mine else {}))
+        if words.number(point.get("top1")) is not None
+    ]
+
+
 def _cost(point: Mapping[str, Any], metric: str) -> float | None:
     for when in ("measured", "predicted"):
         value = words.number(part(part(point, when), f"{metric}_ratio").get("value"))

@@ -140,7 +140,14 @@ def front(
         axes.plot(*at, dashes[i % 4], marker="o", color=colour, markersize=4, label=short(method))
         for point in points if not i else ():
             if point["here"]:
-                axes.plot([point["x"]], [point["y"]], "o", color=ACCENT, markersize=8)
+                axes.plot(
+                    [point["x"]],
+                    [point["y"]],
+                    "o",
+                    color=ACCENT,
+                    markersize=8,
+                    label="this folder",
+                )
             axes.annotate(
                 short(str(point["label"])),
                 (point["x"], point["y"]),
@@ -158,7 +165,7 @@ def front(
     axes.set_ylabel(y_label)
     axes.margins(0.12, 0.15)
     axes.grid()
-    if len(lines) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(fontsize=8)
     count = sum(map(len, lines.values()))
     told = f"{count} models of {len(lines)} methods; the table beside it has each of them"

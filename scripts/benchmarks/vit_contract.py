@@ -16,6 +16,7 @@ from parts.count import true_macs
 from torch import Tensor, nn
 from vit_quality import lpvit
 
+from hwprune import families
 from hwprune.allocate import Budget, UnreachableBudget, offer
 from hwprune.contract import Contract, contract, prove, timed_images
 from hwprune.pruning import Analysis, analyse, prune
@@ -25,7 +26,8 @@ ROWS = rows.ROOT / "profiles" / "rows" / f"{NAME}.jsonl"
 BUDGETS = (0.80, 0.65, 0.50)
 BATCH = 8
 TITLES = {
-    "latency": "**hwprune**, budget of latency",
+    "tiles": "**hwprune**, budget of latency, tiles where the profile says they pay (default)",
+    "latency": "hwprune, budget of latency, whole units in stock layers only",
     "refined": "hwprune, budget of latency, plans tried on images",
     "macs": "hwprune, budget of MACs predicted as slow",
     "torch-pruning": "Torch-Pruning, rounded to 8, as many MACs",
@@ -131,11 +133,17 @@ def main() -> None:
     task = imagenet.load(options.calibration, options.seed)
     dense, batches = task.model, task.calibration
     x = timed_images(batches, BATCH)
-    terms = contract(dense, Budget(latency=0.5), options.device, x)
+    layers, _ = families.of(dense).find_layers(dense)
+    terms = contract(dense, Budget(latency=0.5), options.device, x, layers)
     assert terms is not None
     if terms.dense is None:
         raise SystemExit(f"vit-contract: {terms.notes[0]}")
     analysis = analyse(dense, batches, seed=options.seed)
+    beside = (
+        analyse(dense, batches, tiles=terms.tiles, seed=options.seed)
+        if "tiles" in methods
+        else None
+    )
     before = quality.logits(dense, task.images)
     for latency in map(float, options.budgets.split(",")):
         macs = macs_of_same_latency(dense, analysis, terms, latency)
@@ -146,11 +154,11 @@ def main() -> None:
                 "budget": latency,
                 "profile": terms.pricer.network.costs.profile.name,
                 "batch": BATCH,
-                "asked_macs": None if method in ("latency", "refined") else macs,
+                "asked_macs": macs if method in ("macs", "lpvit", "torch-pruning") else None,
             }
             try:
                 model = copy.deepcopy(dense)
-                if method in ("latency", "refined", "macs"):
+                if method in ("tiles", "latency", "refined", "macs"):
                     on_time = method != "macs"
                     report = prune(
                         model,
@@ -158,7 +166,7 @@ def main() -> None:
                         Budget(latency=latency) if on_time else Budget(macs=macs),
                         device=options.device if on_time else None,
                         refine=options.refine if method == "refined" else 0,
-                        analysis=analysis,
+                        analysis=beside if method == "tiles" else analysis,
                         timed_batch=BATCH,
                     )
                     if on_time:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from hwprune.images import input_size
 from hwprune.layers import BlockSparseLinear
+from hwprune.statistics import model_output
+from hwprune.transformers_base import is_transformers
 
 Kind: TypeAlias = Literal["onnx", "torch-export"]
 Runs: TypeAlias = Callable[[Tensor], Tensor]
@@ -83,7 +85,8 @@ def export(
     """Write a vision transformer as a file, and check that it computes the same.
 
     Args:
-        model: of timm, dense or pruned, in float32; unchanged.
+        model: of timm or transformers, dense or pruned, in float32; unchanged. Of transformers the file gives
+            the logits, else the projected image, else the pooled one, else all tokens side by side.
         out: the file; replaced whole if it is there.
         to: onnx, or torch-export (a .pt2 file).
         batch: images of a call, or "dynamic" = any number.
@@ -102,6 +105,8 @@ def export(
     _check(model, path, to)
     net = copy.deepcopy(model).eval().cpu()
     shape = tuple(input_size(net))
+    if is_transformers(net):
+        net = _OneTensor(net)
     sizes = (2, 1, 5) if batch == "dynamic" else (int(batch),)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, *shape, generator=generator) for size in sizes]
@@ -118,6 +123,18 @@ def export(
     notes = (_TILES[to],) if sparse else ()
     size = path.stat().st_size
     return Exported(str(path), to, size, batch, shape, sizes, error, largest, notes)
+
+
+class _OneTensor(nn.Module):
+    """A model of transformers that gives the one tensor of its answer that counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, 3, H, W] -> [B, C]."""
+        return model_output(self.model, images)
 
 
 def _check(model: nn.Module, path: Path, to: str) -> None:

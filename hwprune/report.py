@@ -167,7 +167,15 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 
     found = {"command": command_line(), "python": platform.python_version()}
     found["torch"] = str(torch.__version__)
-    for package in ("hwprune", "timm", "diffusers", "numpy", "scipy", "safetensors"):
+    for package in (
+        "hwprune",
+        "timm",
+        "transformers",
+        "diffusers",
+        "numpy",
+        "scipy",
+        "safetensors",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

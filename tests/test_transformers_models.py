@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hwprune
+from hwprune.export import export
 from hwprune.families import hf_vit
 from hwprune.layers import AttentionSizes
 from hwprune.statistics import is_classifier, model_output
@@ -302,3 +303,11 @@ def test_what_is_a_classifier_and_what_is_compared() -> None:
     bare = transformers.ViTModel(transformers.ViTConfig(**hf_vit._SIZES), add_pooling_layer=False)
     with torch.no_grad():
         assert model_output(bare.eval(), torch.zeros(2, 3, 32, 32)).shape == (2, 17 * 48)
+
+
+def test_a_pruned_encoder_exports_the_tensor_that_counts(saved: Saved, tmp_path: Path) -> None:
+    folder, model, x = saved("clip")
+    export(hwprune.load(folder), tmp_path / "clip.pt2", to="torch-export")
+    found = torch.export.load(tmp_path / "clip.pt2").module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x).image_embeds, rtol=1e-4, atol=1e-5)

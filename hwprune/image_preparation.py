@@ -61,6 +61,7 @@ def _kind(model: nn.Module) -> str:
 
 def _of_transformers(model: nn.Module) -> dict[str, Any]:
     config: Any = model.config
+    config = getattr(config, "vision_config", config)  # of two towers
     channels = int(getattr(config, "num_channels", 3))
     file = preprocessor(model)
     if file is not None:

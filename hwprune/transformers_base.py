@@ -103,7 +103,7 @@ def check_config(config: Mapping[str, Any], tensors: int, where: Path) -> None:
     """Bound what building the dense model can cost, before it is built.
 
     Args:
-        config: as read from a file.
+        config: as read from a file; those of its towers are looked at too.
         tensors: in the file, and as many more as pruning can have taken out.
         where: for the message.
 
@@ -111,6 +111,8 @@ def check_config(config: Mapping[str, Any], tensors: int, where: Path) -> None:
         CheckpointError: naming the entry.
     """
     for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            check_config(value, tensors, where)
         items = value if isinstance(value, list) else [value]
         labels = len(value) if key in _LABELS and isinstance(value, dict) else 0
         numbers = [v for v in items if isinstance(v, int | float)] + [labels]

@@ -219,16 +219,19 @@ def empty_models(folder: Path) -> tuple[dict[str, Any], nn.Module, nn.Module, in
     file = folder / "config.json"
     config = shards.read_json(file)
     cls, entry = class_of(config, file), pruned_entry(config)
+    own = entry is not None and not any(
+        (folder / n).exists() for n in (shards.SINGLE, shards.INDEX)
+    )
+    stored, headers = shards.read_headers(folder, STEM if own else "model")
+    check_config(config, len(stored) + 64 * (1 + len(entry["shape"] if entry else ())), file)
     with torch.device("meta"):
         dense = build(cls, config, file)
-    if entry is not None and not any((folder / n).exists() for n in (shards.SINGLE, shards.INDEX)):
-        held, stored = empty_pruned(cls, config, entry, folder)
-    else:
-        held, stored = dense, shards.read_headers(folder)[0]
-        if entry is not None:
-            with torch.device("meta"):
-                held = build(cls, config, file)
-            shape_(held, entry["shape"], str(folder))
+        held = dense if entry is None else build(cls, config, file)
+    if entry is not None:
+        shape_(held, entry["shape"], str(folder))
+        if own:
+            check_agreement(entry, headers, folder)
+            check_stored(held, stored, folder)
     size = sum(path.stat().st_size for path in {found.file for found in stored.values()})
     for model in (dense, _noted(held, entry or PrunedConfig(shape={}, kinds=[]), folder)):
         named: Any = model.config

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import hwprune
 from hwprune.export import export
 from hwprune.families import hf_vit
+from hwprune.images import input_size
 from hwprune.layers import AttentionSizes
 from hwprune.statistics import is_classifier, model_output
 from hwprune.transformers_attention import ConstantPair, SlimPairAttention
+from hwprune.transformers_checkpoint import empty_models
 
 transformers = pytest.importorskip("transformers")
 
@@ -232,8 +234,11 @@ def test_a_damaged_folder_is_refused_with_the_reason(
     saved: Saved, tmp_path: Path, what: str
 ) -> None:
     change, words = BROKEN[what]
+    folder = edited(saved("vit")[0], tmp_path / "broken", change)
     with pytest.raises(hwprune.CheckpointError, match=words):
-        hwprune.load(edited(saved("vit")[0], tmp_path / "broken", change))
+        hwprune.load(folder)
+    with pytest.raises(hwprune.CheckpointError, match=words):
+        empty_models(folder)  # what `hwprune inspect` reads
 
 
 @pytest.mark.parametrize("what", ["version", "shape", "weights", "file"])
@@ -243,6 +248,27 @@ def test_from_pretrained_refuses_it_too(saved: Saved, tmp_path: Path, what: str)
     folder = edited(saved("vit")[0], tmp_path / "broken", change)
     with pytest.raises(ValueError, match=words):
         transformers.ViTForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_classifier_with_the_config_of_two_towers_is_read_tower_by_tower(
+    kind: str, tmp_path: Path
+) -> None:
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    vision = {**hf_vit._SIZES, "intermediate_size": 96}
+    config = getattr(transformers, f"{kind}Config")(vision_config=vision, text_config=text)
+    model, x = hf_vit._filled(getattr(transformers, f"{kind}ForImageClassification"), config)
+    hwprune.prune(model, [x], hwprune.Budget(macs=0.7), round_to=4)
+    hwprune.save(model, tmp_path / "saved")
+    assert same(type(model).from_pretrained(tmp_path / "saved"), model, x)
+    assert input_size(model) == (3, 32, 32)
+    folder = edited(
+        tmp_path / "saved",
+        tmp_path / "broken",
+        lambda c: c["vision_config"].update(num_hidden_layers=10**6),
+    )
+    with pytest.raises(hwprune.CheckpointError, match="num_hidden_layers=1000000 for a file of"):
+        hwprune.load(folder)
 
 
 def test_weights_of_another_model_of_the_same_shape_are_refused(

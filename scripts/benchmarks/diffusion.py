@@ -273,8 +273,10 @@ def table(found: list[rows.Row]) -> str:
         return "\n".join(lines)
     same = [r for r in last if all(r[k] == last[-1][k] for k in ("minutes", "images", "seed"))]
     cells = {(r["method"], r["budget"]): r for r in same}
+    learned = f"latent_mse_at_{last[-1]['steps']}"
     lines += [
-        "| latents off (mean squared), Fréchet distance | "
+        f"| latents off (mean squared) at {DRAWN_STEPS} steps, at {last[-1]['steps']} as learned, "
+        "Fréchet distance | "
         + " | ".join(f"{b:.2f} of the blocks" for b in BUDGETS)
         + " |",
         "|---|" + "---|" * len(BUDGETS),
@@ -283,12 +285,13 @@ def table(found: list[rows.Row]) -> str:
         shown = [cells.get((name, budget)) for budget in BUDGETS]
         if any(shown):
             texts = [
-                f"{r['latent_mse']:.4f} ± {r['latent_mse_se']:.4f}, {r['frechet']:.1f}"
+                f"{r['latent_mse']:.4f} ± {r['latent_mse_se']:.4f}, {r[learned]:.4f}, {r['frechet']:.1f}"
                 if r
                 else "not run"
                 for r in shown
             ]
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
+            title = f"**{name}**" if name == "ours" else name
+            lines.append(f"| {title} | " + " | ".join(texts) + " |")
     row = last[-1]
     lines += [
         "",

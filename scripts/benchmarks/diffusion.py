@@ -276,9 +276,7 @@ def table(found: list[rows.Row]) -> str:
     learned = f"latent_mse_at_{last[-1]['steps']}"
     lines += [
         f"| latents off (mean squared) at {DRAWN_STEPS} steps, at {last[-1]['steps']} as learned, "
-        "Fréchet distance | "
-        + " | ".join(f"{b:.2f} of the blocks" for b in BUDGETS)
-        + " |",
+        "Fréchet distance | " + " | ".join(f"{b:.2f} of the blocks" for b in BUDGETS) + " |",
         "|---|" + "---|" * len(BUDGETS),
     ]
     for name in METHODS:

@@ -139,7 +139,9 @@ def test_the_command_keeps_a_memory_budget_or_ends_with_3_and_what_can_be_reache
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(opening, "digits_model", lambda progress=None: digits_model(pretrained=False))
+    monkeypatch.setattr(
+        opening, "digits_model", lambda progress=None: digits_model(pretrained=False)
+    )
     words = ["prune", "digits", "--data", "digits", "--calibration", "16", "--no-repair"]
 
     def run(*more: object) -> int:

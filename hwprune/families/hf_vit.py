@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune.families.timm_vit import full_name
-from hwprune.families.vision_units import linears_of, vision_units
+from hwprune.families.vision_units import sorted_out, vision_units
 from hwprune.transformers_attention import SlimPairAttention
 from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, Units, get_linear
 
@@ -158,20 +158,14 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
     Raises:
         ValueError: a linear of a layer is no `nn.Linear`.
     """
-    layers: list[Layer] = []
-    left: list[str] = []
-    for stage, (block, (attention, mlp)) in enumerate(_block_names(model).items()):
-        for found in (
-            _attention(model, f"{block}.{attention}", stage),
-            _mlp(model, f"{block}.{mlp}", stage),
-        ):
-            if isinstance(found, str):
-                left.append(found)
-                continue
-            for linear in linears_of(found):
-                get_linear(model, linear)
-            layers.append(found)
-    return layers, left
+    return sorted_out(
+        model,
+        (
+            find(model, f"{block}.{part}", stage)
+            for stage, (block, parts) in enumerate(_block_names(model).items())
+            for find, part in zip((_attention, _mlp), parts, strict=True)
+        ),
+    )
 
 
 def find_units(

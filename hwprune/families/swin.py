@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hwprune.families.timm_vit import full_name, mlp_layer
-from hwprune.families.vision_units import linears_of, vision_units
+from hwprune.families.vision_units import sorted_out, vision_units
 from hwprune.units import AttentionLayer, Layer, Rows, Units, get_linear
 from hwprune.window_attention import SlimWindowAttention
 
@@ -112,23 +112,15 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
         ValueError: a linear of a layer is no `nn.Linear`.
     """
     names = {id(m): n for n, m in model.named_modules()}
-    layers: list[Layer] = []
-    left: list[str] = []
-    for stage, block in enumerate(stages(model)):
-        if not hasattr(block, "attn"):
-            continue  # a patch merging
-        name = names[id(block)]
-        for found in (
-            _attention(model, f"{name}.attn", stage),
-            mlp_layer(model, f"{name}.mlp", stage),
-        ):
-            if isinstance(found, str):
-                left.append(found)
-                continue
-            for linear in linears_of(found):
-                get_linear(model, linear)
-            layers.append(found)
-    return layers, left
+    return sorted_out(
+        model,
+        (
+            find(model, f"{names[id(block)]}.{part}", stage)
+            for stage, block in enumerate(stages(model))
+            if hasattr(block, "attn")  # the others merge patches
+            for find, part in ((_attention, "attn"), (mlp_layer, "mlp"))
+        ),
+    )
 
 
 def find_units(

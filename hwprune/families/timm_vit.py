@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwprune.families.vision_units import linears_of, vision_units
-from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, Units, get_linear
+from hwprune.families.vision_units import sorted_out, vision_units
+from hwprune.units import AttentionLayer, Layer, MlpLayer, Rows, Units
 
 TAKES = "timm's vision transformers with `blocks` (vit_*, deit*, dinov2, dinov3, eva, clip, siglip)"
 # By full name: BEiT, SAM and others call classes of their own, with position biases, "Attention" too.
@@ -164,20 +164,14 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], list[str]]:
         ValueError: the model is no columnar transformer, or a linear of it is no `nn.Linear`.
     """
     names = {id(m): n for n, m in model.named_modules()}
-    layers: list[Layer] = []
-    left: list[str] = []
-    for stage, block in enumerate(stages(model)):
-        for found in (
-            _attention(model, f"{names[id(block)]}.attn", stage),
-            mlp_layer(model, f"{names[id(block)]}.mlp", stage),
-        ):
-            if isinstance(found, str):
-                left.append(found)
-                continue
-            for linear in linears_of(found):
-                get_linear(model, linear)
-            layers.append(found)
-    return layers, left
+    return sorted_out(
+        model,
+        (
+            find(model, f"{names[id(block)]}.{part}", stage)
+            for stage, block in enumerate(stages(model))
+            for find, part in ((_attention, "attn"), (mlp_layer, "mlp"))
+        ),
+    )
 
 
 def find_units(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -25,6 +25,24 @@ def linears_of(layer: Layer) -> list[str]:
     """Names of the distinct linears of a layer, inputs before output."""
     rows = (layer.q, layer.k, layer.v) if isinstance(layer, AttentionLayer) else layer.inputs
     return list(dict.fromkeys([r.linear for r in rows] + [layer.out]))
+
+
+def sorted_out(model: nn.Module, found: Iterable[Layer | str]) -> tuple[list[Layer], list[str]]:
+    """What a family found, in order: layers, and the reasons for those left dense.
+
+    Raises:
+        ValueError: a linear of a layer is no `nn.Linear`.
+    """
+    layers: list[Layer] = []
+    left: list[str] = []
+    for one in found:
+        if isinstance(one, str):
+            left.append(one)
+            continue
+        for linear in linears_of(one):
+            get_linear(model, linear)
+        layers.append(one)
+    return layers, left
 
 
 def _row_slices(model: nn.Module, rows: Rows, index: Tensor) -> list[Slice]:

@@ -9,9 +9,9 @@ numbers, a factor a kind, a slope over depth, a little of each layer's own.
 On ViT-Tiny at 0.70 of its MACs 24 plans brought the KL as tried from 0.361 to 0.317 on 64 calibration images
 and from 0.598 to 0.549 on 217 others, but after the full repair 0.430 became 0.422 and top-1 0.899 +- 0.017 of
 dense 0.874 +- 0.018 on 650: no gain over the gains measured by kind, without which KL is 0.57 for 0.44 (350
-images). Terms between layers were not fitted as such. The truth is 5 times the sum at 0.70 and 7 at 0.55; factors
-from the marginal cost of each kind and depth inside the plan (all its cross terms, at first order) gave 3.1 where
-the plan without had 0.73 on held-out images, and 0.675 on a second pass: nothing to rely on.
+images). Terms between layers were not fitted as such. The truth is 5 times the sum at 0.70 and 7 at 0.55;
+factors from the marginal cost of each kind and depth inside the plan (all its cross terms, at first order)
+gave 3.1 where the plan without had 0.73 on held-out images, and 0.675 on a second pass: nothing to rely on.
 """
 
 from __future__ import annotations

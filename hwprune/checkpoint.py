@@ -127,7 +127,7 @@ def save(
     if is_denoiser(model) or is_pipeline(model):
         if format == "dense":
             raise ValueError(
-                "format='dense' is for images' models; save a diffusion model as it is"
+                "format='dense' is for vision transformers; save a diffusion model as it is"
             )
         if is_pipeline(model):
             save_pipeline(model, Path(folder), force=force)

@@ -48,8 +48,12 @@ def settle(
             if best is None and not reached:
                 raise
             break
-        if terms is None or terms.dense is None or is_dense(plan, mask):
+        if terms is None or terms.dense is None:
             return plan, mask
+        if is_dense(plan, mask):
+            if not scale:
+                return plan, mask
+            break  # a limit loosened past the dense model's own cost, which keeps no budget
         proof = measured(shaped(plan, mask), terms, set(plan.limits))
         used = use(proof, plan)
         if not used:  # nothing could be measured, which the report says

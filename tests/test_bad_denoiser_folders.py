@@ -203,7 +203,7 @@ def test_saving_refuses_what_could_not_be_opened(tmp_path: Path) -> None:
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ValueError, match="AutoencoderKL is no denoiser hwprune opens again"):
         hwprune.save(vae, tmp_path / "model")
-    with pytest.raises(ValueError, match="format='dense' is for timm models"):
+    with pytest.raises(ValueError, match="format='dense' is for vision transformers"):
         hwprune.save(model(), tmp_path / "model", format="dense")
     changed = model()
     changed.proj_out_1 = nn.Sequential(changed.proj_out_1)

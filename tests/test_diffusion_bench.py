@@ -104,6 +104,7 @@ def test_rows_that_are_there_are_not_run_again_and_the_table_shows_them() -> Non
         "seed": 0,
         "latent_mse": 0.0123,
         "latent_mse_se": 0.001,
+        "latent_mse_at_8": 0.0045,
         "frechet": 101.0,
         "frechet_dense": 97.0,
         "commit": "abc",
@@ -112,7 +113,7 @@ def test_rows_that_are_there_are_not_run_again_and_the_table_shows_them() -> Non
     assert bench._key(row) == bench._key({**row, "latent_mse": 1.0})
     assert bench._key(row) != bench._key({**row, "budget": 0.5})
     text = bench.table([row, {**row, "method": "obs", "budget": 0.5}])
-    assert "| ours | 0.0123 ± 0.0010, 101.0 | not run | not run |" in text
+    assert "| **ours** | 0.0123 ± 0.0010, 0.0045, 101.0 | not run | not run |" in text
     assert "| obs | not run | not run |" in text and "ecodiff" not in text
 
 

@@ -17,10 +17,11 @@ from hwprune.cost import ModelCost, Structure, dense_structure, layer_macs, mode
 from hwprune.distortion import Curve
 from hwprune.options import Option, levels, option_groups, pareto
 from hwprune.realise import realise_
-from hwprune.rotate import Rotation
-from hwprune.units import Units, full_mask, layers_of
+from hwprune.units import full_mask, layers_of
 
 timm = pytest.importorskip("timm")
+
+from fakes.knapsacks import made_up  # noqa: E402
 
 from hwprune.families import timm_vit  # noqa: E402 - needs timm
 
@@ -31,26 +32,6 @@ def vit(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
     torch.manual_seed(0)
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
     return timm.create_model(name, **{**args, "num_classes": 5, **changes}).eval()
-
-
-def identity(heads: int, width: int) -> Rotation:
-    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width)
-    tail = torch.arange(width, -1, -1, dtype=torch.float64).expand(heads, width + 1)
-    return Rotation(eye, eye, tail)
-
-
-def made_up(units: Sequence[Units], seed: int) -> dict[str, Curve]:
-    """Convex random curves of very different sizes, so that choices matter."""
-    draw, found = random.Random(seed), {}
-    for unit in units:
-        steps = sorted(draw.random() ** 3 for _ in range(unit.count))
-        size = 10 ** draw.uniform(-3, 1)
-        curve = torch.tensor([0.0, *itertools.accumulate(steps)], dtype=torch.float64) * size
-        order = list(range(unit.count))
-        draw.shuffle(order)
-        rotation = identity(3, unit.count) if unit.kind in ("qk", "vo") else None
-        found[unit.name] = Curve(unit, torch.tensor(order), curve, rotation)
-    return found
 
 
 def problem(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import random
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -18,10 +16,11 @@ from hwprune.distortion import Curve
 from hwprune.layers import BlockSparseLinear
 from hwprune.options import option_groups
 from hwprune.realise import realise_
-from hwprune.rotate import Rotation
-from hwprune.units import Units, full_mask, get_linear, layers_of
+from hwprune.units import full_mask, get_linear, layers_of
 
 timm = pytest.importorskip("timm")
+
+from fakes.knapsacks import made_up  # noqa: E402
 
 from hwprune.families import timm_vit  # noqa: E402 - needs timm
 
@@ -32,26 +31,6 @@ def vit(name: str = "vit_tiny_patch16_224", **changes: object) -> nn.Module:
     torch.manual_seed(0)
     args = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
     return timm.create_model(name, **{**args, "num_classes": 5, **changes}).eval()
-
-
-def identity(heads: int, width: int) -> Rotation:
-    eye = torch.eye(width, dtype=torch.float64).expand(heads, width, width)
-    tail = torch.arange(width, -1, -1, dtype=torch.float64).expand(heads, width + 1)
-    return Rotation(eye, eye, tail)
-
-
-def made_up(units: Sequence[Units], seed: int) -> dict[str, Curve]:
-    """Convex random curves of very different sizes, so that choices matter."""
-    draw, found = random.Random(seed), {}
-    for unit in units:
-        steps = sorted(draw.random() ** 3 for _ in range(unit.count))
-        size = 10 ** draw.uniform(-3, 1)
-        curve = torch.tensor([0.0, *itertools.accumulate(steps)], dtype=torch.float64) * size
-        order = list(range(unit.count))
-        draw.shuffle(order)
-        rotation = identity(3, unit.count) if unit.kind in ("qk", "vo") else None
-        found[unit.name] = Curve(unit, torch.tensor(order), curve, rotation)
-    return found
 
 
 def problem(

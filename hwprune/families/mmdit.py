@@ -6,16 +6,14 @@ one fused projection, whose columns are [heads | neurons].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.coupled import find_coupled_units
 from hwprune.families.diffusers_layers import attention, feed_forward
-from hwprune.units import AnyLayer, Columns, CoupledLayer, ResidualBlock, Rows, Units
+from hwprune.units import AnyLayer, Columns, CoupledLayer, ResidualBlock, Rows
 
 CLASSES = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 
@@ -146,12 +144,3 @@ def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
             left += reasons
             stage += 1
     return layers, left
-
-
-def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
-    """Everything of `kinds` (head, neuron, depth; None = head and neuron) that can be removed.
-
-    Raises:
-        ValueError: unknown kind, nothing found, or a layer that is not dense any more.
-    """
-    return find_coupled_units(model, *find_layers(model), kinds)

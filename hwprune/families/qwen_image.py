@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.coupled import find_coupled_units
 from hwprune.families.diffusers_layers import attention, feed_forward
-from hwprune.units import AnyLayer, ResidualBlock, Units
+from hwprune.units import AnyLayer, ResidualBlock
 
 CLASSES = ("QwenImageTransformer2DModel",)
 
@@ -58,12 +56,3 @@ def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
         outputs = ("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2")
         layers.append(ResidualBlock(name, stage, tuple(f"{name}.{x}" for x in outputs)))
     return layers, left
-
-
-def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
-    """Everything of `kinds` (head, neuron, depth; None = head and neuron) that can be removed.
-
-    Raises:
-        ValueError: unknown kind, nothing found, or a layer that is not dense any more.
-    """
-    return find_coupled_units(model, *find_layers(model), kinds)

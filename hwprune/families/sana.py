@@ -6,15 +6,13 @@ same pair of the 3x3 depthwise one, and one input channel of the 1x1 convolution
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.coupled import find_coupled_units
 from hwprune.families.diffusers_layers import attention, class_path
-from hwprune.units import AnyLayer, Columns, CoupledLayer, ResidualBlock, Rows, Units
+from hwprune.units import AnyLayer, Columns, CoupledLayer, ResidualBlock, Rows
 
 CLASSES = ("SanaTransformer2DModel",)
 
@@ -78,12 +76,3 @@ def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
             outputs.append(f"{name}.{child}.{'conv_point' if child == 'ff' else 'to_out.0'}")
         layers.append(ResidualBlock(name, stage, tuple(outputs)))
     return layers, left
-
-
-def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
-    """Everything of `kinds` (head, neuron, depth; None = head and neuron) that can be removed.
-
-    Raises:
-        ValueError: unknown kind, nothing found, or a layer that is not dense any more.
-    """
-    return find_coupled_units(model, *find_layers(model), kinds)

@@ -6,16 +6,14 @@ blocks. Convolutions, resnets and embeddings are left dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hwprune.coupled import find_coupled_units
 from hwprune.families.basic_block import BLOCK, block_layers
 from hwprune.families.diffusers_layers import module_names
-from hwprune.units import AnyLayer, Units
+from hwprune.units import AnyLayer
 
 CLASSES = ("UNet2DConditionModel",)
 
@@ -54,12 +52,3 @@ def find_layers(model: nn.Module) -> tuple[list[AnyLayer], list[str]]:
         layers += found
         left += reasons
     return layers, left
-
-
-def find_units(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Units]:
-    """Everything of `kinds` (head, neuron, depth; None = head and neuron) that can be removed.
-
-    Raises:
-        ValueError: unknown kind, nothing found, or a layer that is not dense any more.
-    """
-    return find_coupled_units(model, *find_layers(model), kinds)

@@ -33,3 +33,17 @@ def compare(dense_BK: Tensor, pruned_BK: Tensor, labels_B: Tensor) -> dict[str, 
         "kl_to_dense": kl.item(),
         "test_images": len(labels_B),
     }
+
+
+def difference(
+    dense_BK: Tensor, ours_BK: Tensor, theirs_BK: Tensor, labels_B: Tensor
+) -> dict[str, float]:
+    """Top-1 of theirs less that of ours, by the dense top-1, with its standard error paired per image."""
+    right_dense, ours, theirs = (
+        (logits_BK.argmax(1) == labels_B).double() for logits_BK in (dense_BK, ours_BK, theirs_BK)
+    )
+    top1_dense = right_dense.mean()
+    lead_B = theirs - ours
+    value = lead_B.mean() / top1_dense
+    spread = (lead_B - value * right_dense).std() / len(lead_B) ** 0.5 / top1_dense
+    return {"value": value.item(), "se": spread.item()}

@@ -115,8 +115,19 @@ def prune(
     return model
 
 
-def _mlp_width(model: nn.Module, budget: float, head_dim: int) -> int:
-    """The widest MLP, in eights, within the budget when every head has that width."""
+def reach(model: nn.Module, head_dim: int) -> tuple[float, float]:
+    """Least and most of the true MACs that a recipe of that head width can keep, for `prune`."""
+    fixed, neuron, dense = _macs(model, head_dim)
+    most = model.blocks[0].mlp.fc1.out_features
+    # A share of the last digit on the safe side of the division.
+    return (
+        (fixed + MULTIPLE * neuron) / dense / ALLOWANCE * (1 + 1e-9),
+        (fixed + most * neuron) / dense / ALLOWANCE * (1 + 1e-9),
+    )
+
+
+def _macs(model: nn.Module, head_dim: int) -> tuple[float, float, float]:
+    """True MACs with heads of that width and no MLP, of one neuron in every block, and of the dense model."""
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     dim, depth, heads = model.embed_dim, len(model.blocks), model.blocks[0].attn.num_heads
     old_head, old_hidden = model.blocks[0].attn.head_dim, model.blocks[0].mlp.fc1.out_features
@@ -124,8 +135,14 @@ def _mlp_width(model: nn.Module, budget: float, head_dim: int) -> int:
     neuron = depth * 2 * tokens * dim
     rest = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
     rest += model.head.weight.numel()
-    dense = rest + channel * old_head + neuron * old_hidden
-    hidden = int((budget * dense - rest - channel * head_dim) / neuron) // MULTIPLE * MULTIPLE
+    return rest + channel * head_dim, neuron, rest + channel * old_head + neuron * old_hidden
+
+
+def _mlp_width(model: nn.Module, budget: float, head_dim: int) -> int:
+    """The widest MLP, in eights, within the budget when every head has that width."""
+    fixed, neuron, dense = _macs(model, head_dim)
+    old_hidden = model.blocks[0].mlp.fc1.out_features
+    hidden = int((budget * dense - fixed) / neuron) // MULTIPLE * MULTIPLE
     if not MULTIPLE <= hidden <= old_hidden:
         raise ValueError(f"head width {head_dim} would need MLPs {hidden} wide, of {old_hidden}")
     return hidden

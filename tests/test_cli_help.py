@@ -19,6 +19,14 @@ def test_importing_the_command_line_brings_neither_torch_nor_timm() -> None:
     assert done.stdout == "[]\n", "hwprune --help must answer at once"
 
 
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hwprune", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+
+
 def test_flags_are_the_agreed_ones() -> None:
     agreed = {  # a new flag is a promise to every script
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "

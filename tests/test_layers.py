@@ -141,6 +141,7 @@ LAYERS = (
     ("diffusion", "groundwork", "diffusion_folder", "pictures"),
     ("hwprune",),
     (
+        "__main__",
         "cli",
         "cli_diffusion",
         "cli_measure",

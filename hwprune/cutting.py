@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hwprune import families
 from hwprune.analysis import Analysis, StepProgress, timed
+from hwprune.distortion import Curve
 from hwprune.realise import Shape, realise_, zero_
 from hwprune.repair import repair_
 from hwprune.rotate import rotate_
@@ -61,7 +62,7 @@ def cut_(
     with torch.inference_mode():
         dense_out = [model_output(model, b).clone() for b in batches]
     with timed(seconds, "repair"):
-        turn_(model, analysis, mask)
+        turn_(model, analysis.curves, mask)
         if repair:
             step = None if progress is None else (lambda d, t: progress("repair", d, t))
             repair_(
@@ -91,9 +92,9 @@ def cut_(
     return shape, float(distance.mean())
 
 
-def turn_(model: nn.Module, analysis: Analysis, mask: Mask) -> None:
+def turn_(model: nn.Module, curves: Mapping[str, Curve], mask: Mask) -> None:
     """Rotate every layer that loses q/k or v channels, in place; the model computes the same."""
-    for name, curve in analysis.curves.items():
+    for name, curve in curves.items():
         if curve.rotation is not None and not bool(mask[name].all()):
             layer = vision_layer(curve.units)
             rotate_(model, layer, curve.units.kind, curve.rotation)

@@ -17,7 +17,7 @@ from hwprune.lpvit_plan import lpvit_plan
 from hwprune.plan import Plan, select
 from hwprune.refine import Factors, factored, refine
 from hwprune.statistics import frozen
-from hwprune.trial import Trials, spread
+from hwprune.trial import Trials
 from hwprune.units import Layer, Mask, full_mask
 
 
@@ -115,14 +115,13 @@ class Planner:
         return total
 
     def refined(
-        self, batches: Sequence[Tensor], candidates: int, seed: int, progress: StepProgress | None
+        self, batches: Sequence[Tensor], candidates: int, progress: StepProgress | None
     ) -> tuple[Mapping[str, Any], ...]:
         """Try other plans; from now on the best one's factors are used.
 
         Args:
             batches: calibration images, some of which plans are tried on.
             candidates: plans to try besides the first.
-            seed: of the draws.
             progress: called with ("refine", done, total).
 
         Returns:
@@ -137,11 +136,10 @@ class Planner:
 
         with frozen(self.model):  # no dropout, and all as it was afterwards
             found = refine(
-                Trials.of(self.model, self.analysis, spread(batches)),
+                Trials.of(self.model, self.analysis, batches, repair=self.repair),
                 plan_of,
                 self.predicted,
                 candidates,
-                seed=seed,
                 start=dict(self.analysis.factors),
                 progress=None if progress is None else (lambda d, t: progress("refine", d, t)),
             )

@@ -144,7 +144,7 @@ def prune(
     tried: tuple[Mapping[str, Any], ...] = ()
     if tries:
         with timed(seconds, "refine"):
-            tried = planner.refined(batches, tries, seed, progress)
+            tried = planner.refined(batches, tries, progress)
 
     every = analysis.units
 

@@ -17,10 +17,10 @@ gave 3.1 where the plan without had 0.73 on held-out images, and 0.675 on a seco
 from __future__ import annotations
 
 import math
-import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,13 +28,15 @@ from hwprune.budget import UnreachableBudget
 from hwprune.distortion import Curve
 from hwprune.plan import Plan, select
 from hwprune.trial import Trials
-from hwprune.units import Mask
+from hwprune.units import AttentionLayer, Mask
 
 Factors = dict[str, float]  # units name -> factor on its curve
 Progress = Callable[[int, int], None]  # (done, total)
+Outcome = Literal["better", "worse", "same"]
 
-# Spread of the logarithms of the factors: of a kind, from the first block to the last, of each curve.
-_KIND, _DEPTH, _OWN = 0.5, 0.4, 0.15
+_STEP = 0.5  # of the logarithm of a factor: 1.6 times as much, or as little
+_LEAST_STEP = 0.1
+_FARTHEST = 4  # steps that may leave the plan as it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,11 @@ class Refined:
             (i for i, one in enumerate(self.tried) if one.whole), key=lambda i: self.tried[i].true
         )
 
+    @property
+    def winner(self) -> Tried:
+        """The best plan."""
+        return self.tried[self.best]
+
     def rows(self) -> list[dict[str, Any]]:
         """One row a plan for a report: predicted and true distortion, images, MACs, whether it won.
 
@@ -118,7 +125,6 @@ def refine(
     predicted: Callable[[Plan], float],
     candidates: int,
     *,
-    seed: int = 0,
     start: Factors | None = None,
     progress: Progress | None = None,
 ) -> Refined:
@@ -129,58 +135,122 @@ def refine(
         solve: factors to the plan of least distortion within the budget.
         predicted: distortion of a plan by the curves as they came.
         candidates: plans to try besides the one without factors.
-        seed: of the draws.
         start: factors to try first, of another budget.
         progress: called with (plans tried, plans in all).
     """
     curves = trials.analysis.curves
-    draw = random.Random(seed)
     tried: list[Tried] = []
-    best: Tried | None = None
     seen: set[tuple[tuple[str, int], ...]] = set()
-    for done in range(candidates + 1):
+
+    def attempt(factors: Factors) -> Outcome:
+        """How they do beside the best so far; a plan that was seen before is not run again."""
         if progress is not None:
-            progress(done, candidates + 1)
-        factors: Factors = {}
-        if best is not None:
-            about = best.factors
-            if done == 1 and start is not None:
-                factors = start
-            else:
-                # Wide about the best first, then half as wide.
-                factors = _drawn(draw, curves, about, 1.0 if done <= candidates // 2 else 0.5)
-        try:
-            plan = solve(factors)
-        except UnreachableBudget:
-            if best is None:
-                raise
-            continue
-        key = tuple(sorted(plan.keep.items()))
+            progress(len(tried), candidates + 1)
+        plan = solve(factors)
+        key = _key(plan)
+        best = Refined({}, tuple(tried)).winner if tried else None
+        if best is not None and key == _key(best.plan):
+            return "same"
         if key in seen:
-            continue
+            return "worse"
         seen.add(key)
         mask: Mask = select(curves, plan)
         found = trials.distortion(mask, None if best is None else best.true_N)
         one = Tried(plan, factors, predicted(plan), found, trials.images)
         tried.append(one)
-        if best is None or (one.whole and one.true < best.true):
-            best = one
-    assert best is not None
+        return "better" if best is None or (one.whole and one.true < best.true) else "worse"
+
+    attempt({})
+    moves = _Moves(curves, start or {})
+    while len(tried) <= candidates and (factors := moves.next()) is not None:
+        try:
+            outcome = attempt(factors)
+        except UnreachableBudget:
+            outcome = "worse"
+        moves.took(outcome)
     if progress is not None:
         progress(candidates + 1, candidates + 1)
-    return Refined(best.factors, tuple(tried))
+    found = Refined({}, tuple(tried))
+    return replace(found, factors=found.winner.factors)
 
 
-def _drawn(
-    draw: random.Random, curves: Mapping[str, Curve], about: Factors, width: float
-) -> Factors:
-    """Factors near others."""
-    kinds = {curve.units.kind: draw.gauss(0, _KIND * width) for curve in curves.values()}
-    slope = draw.gauss(0, _DEPTH * width)
-    last = max(curve.units.layer.stage for curve in curves.values())
-    found = {}
-    for name, curve in curves.items():
-        depth = 2 * curve.units.layer.stage / max(last, 1) - 1
-        step = kinds[curve.units.kind] + slope * depth + draw.gauss(0, _OWN * width)
-        found[name] = about.get(name, 1.0) * math.exp(step)
-    return found
+def _key(plan: Plan) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(plan.keep.items()))
+
+
+class _Moves:
+    """Pattern search (Hooke and Jeeves) over few numbers: a factor a kind, and slopes over depth.
+
+    Each coordinate is tried up, then down, from the best factors; what helps is tried once more the same way,
+    and what leaves the plan as it is twice and four times as far. A round in which nothing helps halves the
+    steps.
+
+    Args:
+        curves: that get factors.
+        start: to try first.
+    """
+
+    def __init__(self, curves: Mapping[str, Curve], start: Factors) -> None:
+        """Begin at factors of one."""
+        self.best: Factors = {}
+        self.coordinates = _coordinates(curves)
+        self.step, self.at, self.way, self.far = _STEP, 0, 1, 1
+        self.helped = self.again = False  # in this round; on this coordinate
+        self.given = bool(start)  # they come first, before any move
+        self.now: Factors | None = dict(start) if start else None
+
+    def next(self) -> Factors | None:
+        """Factors to try, or None when the steps have become too small to matter."""
+        if self.now is None and self.coordinates and self.step >= _LEAST_STEP:
+            move = self.coordinates[self.at]
+            step = self.way * self.far * self.step
+            self.now = {
+                name: self.best.get(name, 1.0) * math.exp(step * move.get(name, 0.0))
+                for name in {**self.best, **move}
+            }
+        return self.now
+
+    def took(self, outcome: Outcome) -> None:
+        """How the last factors did."""
+        assert self.now is not None
+        tried, self.now = self.now, None
+        if outcome == "better":
+            self.best, self.helped, self.again, self.far = tried, True, not self.given, 1
+        elif self.given:
+            pass
+        elif outcome == "same" and self.far < _FARTHEST:
+            self.far *= 2
+        elif self.way == 1 and not self.again:
+            self.way, self.far = -1, 1
+        else:  # both ways are done, or the way that helped does no longer
+            self.way, self.far, self.again, self.at = 1, 1, False, self.at + 1
+        self.given = False
+        if self.at == len(self.coordinates):
+            self.step, self.at = self.step if self.helped else self.step / 2, 0
+            self.helped = False
+
+
+def _coordinates(curves: Mapping[str, Curve]) -> list[dict[str, float]]:
+    """What moves together: units name -> how much, in units of a step.
+
+    Each kind, that with most to remove first; then depth, of attention and of the rest each by itself, from
+    -1 in the first block to 1 in the last. Of two kinds one would do, but a step of it may be too small.
+    """
+    counts: Counter[str] = Counter()
+    for curve in curves.values():
+        counts[curve.units.kind] += curve.units.count
+    found = [
+        {name: 1.0 for name, curve in curves.items() if curve.units.kind == kind}
+        for kind, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        if len(counts) > 1
+    ]
+    last = max((curve.units.layer.stage for curve in curves.values()), default=0)
+    for attention in (True, False) if last else ():
+        found.append(
+            {
+                name: 2 * curve.units.layer.stage / last - 1
+                for name, curve in curves.items()
+                if isinstance(curve.units.layer, AttentionLayer) == attention
+            }
+        )
+    return [move for move in found if any(move.values())]

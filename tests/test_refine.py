@@ -1,4 +1,4 @@
-"""Trying plans for real: the quick re-fit against least squares by hand, the search, what a report tells."""
+"""Trying plans for real: what a trial measures, the search, what a report tells."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch.nn import functional as F
 
 from hwprune.allocate import Budget, Plan, UnreachableBudget, allocate, select
 from hwprune.analysis import GAIN, Analysis, analyse
-from hwprune.cutting import turn_
+from hwprune.cutting import cut_
 from hwprune.pruning import prune
-from hwprune.realise import zero_
 from hwprune.refine import Factors, factored, refine
 from hwprune.statistics import calibrate
-from hwprune.trial import RIDGE, Trials, hopeless, refit_, spread
+from hwprune.trial import FIT, JUDGE, Trials, hopeless, shared_out
 from hwprune.units import Mask, full_mask
 
 timm = pytest.importorskip("timm")
@@ -70,62 +69,36 @@ def inputs_of(model: nn.Module, name: str) -> Tensor:
     return seen[0].flatten(0, -2).double()
 
 
-@pytest.mark.parametrize(
-    ("units", "kept", "linear"),
-    [
-        ("blocks.0.mlp:neuron", 40, "blocks.0.mlp.fc2"),
-        ("blocks.1.attn:head", 2, "blocks.1.attn.proj"),
-        ("blocks.1.attn:vo", 3, "blocks.1.attn.proj"),
-    ],
-)
-def test_the_quick_re_fit_is_least_squares_on_the_dense_inputs(
-    analysis: Analysis, units: str, kept: int, linear: str
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_trial_measures_what_prune_would_give_and_leaves_the_dense_model(
+    analysis: Analysis, repair: bool
 ) -> None:
-    dense, mask = vit(), drop(analysis, units, kept)
-    turned = copy.deepcopy(dense)
-    turn_(turned, analysis, mask)
-    x_MI, module = inputs_of(turned, linear), turned.get_submodule(linear)
-    weight_OI, bias_O = module.weight.detach().double(), module.bias.detach().double()
-    y_MO = x_MI @ weight_OI.T + bias_O
-    refit_(turned, dense, analysis, mask)
-    kept_I = module.weight.abs().sum(0) > 0
-    assert 0 < int(kept_I.sum()) < len(kept_I)
-    centred_MI = x_MI - x_MI.mean(0)
-    # The ridge as rows of data: sqrt(r) (w - w_dense) = 0, with r of the mean energy of the kept columns.
-    centred_MS = centred_MI[:, kept_I]
-    root = (RIDGE * centred_MS.square().sum(0).mean()).sqrt()
-    a = torch.cat([centred_MS, root * torch.eye(centred_MS.shape[1], dtype=torch.float64)])
-    target = torch.cat([y_MO - y_MO.mean(0), root * weight_OI[:, kept_I].T])
-    expected = torch.linalg.lstsq(a, target).solution.T
-    assert torch.allclose(module.weight[:, kept_I].double(), expected, rtol=1e-3, atol=1e-4)
-    out = x_MI @ module.weight.detach().double().T + module.bias.detach().double()
-    assert torch.allclose(out.mean(0), y_MO.mean(0), atol=1e-4), "the bias takes up the mean"
-
-
-def test_a_trial_measures_the_cut_and_re_fitted_model_and_leaves_the_dense_one(
-    analysis: Analysis,
-) -> None:
+    """The same road by hand: cut and repaired on the first images, judged on the others."""
     model = vit()
     before = copy.deepcopy(model.state_dict())
     mask = {**drop(analysis, "blocks.0.mlp:neuron", 24), **drop(analysis, "blocks.1.attn:qk", 4)}
     mask["blocks.0.mlp:neuron"] = analysis.curves["blocks.0.mlp:neuron"].kept(24)
-    found = Trials.of(model, analysis, images()).distortion(mask)
-    trial = copy.deepcopy(model)
-    turn_(trial, analysis, mask)
-    refit_(trial, model, analysis, mask)
+    trials = Trials.of(model, analysis, images(), repair=repair)
+    found = trials.distortion(mask)
+    fit, judge = shared_out(images(), FIT, JUDGE)
+    by_hand = copy.deepcopy(model)
+    cut_(by_hand, analysis, mask, fit, repair, {}, None)
     with torch.no_grad():
-        x = torch.cat(images())
-        log_p, log_q = model(x).double().log_softmax(1), trial(x).double().log_softmax(1)
+        x = torch.cat(judge)
+        log_p, log_q = model(x).double().log_softmax(1), by_hand(x).double().log_softmax(1)
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
-    assert found.dtype == torch.float64
+    assert found.dtype == torch.float64 and trials.images == len(found) == len(x)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    zeroed = copy.deepcopy(model)
-    turn_(zeroed, analysis, mask)
-    zero_(zeroed, analysis.units, mask)
-    with torch.no_grad():
-        log_q = zeroed(x).double().log_softmax(1)
-    assert found.mean() < F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def test_repair_counts_in_a_trial(analysis: Analysis) -> None:
+    mask = drop(analysis, "blocks.0.mlp:neuron", 24)
+    fitted, bare = (
+        Trials.of(vit(), analysis, images(), repair=repair).distortion(mask)
+        for repair in (True, False)
+    )
+    assert fitted.mean() < 0.8 * bare.mean()
 
 
 def test_a_mask_that_keeps_everything_costs_nothing(analysis: Analysis) -> None:
@@ -136,7 +109,8 @@ def test_a_mask_behind_the_best_one_is_dropped_after_the_first_batch(analysis: A
     trials = Trials.of(vit(), analysis, images())
     mask = drop(analysis, "blocks.0.mlp:neuron", 8)
     whole = trials.distortion(mask)
-    assert len(trials.distortion(mask, torch.zeros(24, dtype=torch.float64))) == 8
+    assert len(whole) == 16
+    assert len(trials.distortion(mask, torch.zeros(16, dtype=torch.float64))) == 8
     assert torch.equal(trials.distortion(mask, whole), whole), "as good as the best: run to the end"
     assert not hopeless(torch.tensor([9.0]), torch.zeros(3)), "one image tells nothing"
 
@@ -154,7 +128,7 @@ class Made(Trials):
 
 def made(analysis: Analysis) -> Made:
     x = images()
-    return Made(vit(), analysis, x, x, True)
+    return Made(vit(), analysis, (), x, x, True)
 
 
 def test_the_search_finds_what_the_curves_do_not_know(analysis: Analysis) -> None:
@@ -178,7 +152,6 @@ def test_the_search_finds_what_the_curves_do_not_know(analysis: Analysis) -> Non
     assert len({tuple(sorted(one.plan.keep.items())) for one in found.tried}) == len(found.tried)
     again = refine(trials, solve, lambda plan: plan.distortion, 24)
     assert again.factors == found.factors
-    assert refine(trials, solve, lambda plan: plan.distortion, 24, seed=1).factors != found.factors
     warm = refine(trials, solve, lambda plan: plan.distortion, 1, start=found.factors)
     assert warm.tried[warm.best].true == best.true
 
@@ -207,7 +180,8 @@ def test_prune_tells_what_it_tried_and_which_won() -> None:
     assert 2 <= len(rows) <= 7 and sum(row["won"] for row in rows) == 1
     (won,) = (row for row in rows if row["won"])
     assert won["true"] <= rows[0]["true"]
-    assert won["images"] == rows[0]["images"] == report.calibration["images"] == 24
+    assert report.calibration["images"] == 24
+    assert won["images"] == rows[0]["images"] == 16, "a third of them served the repair"
     assert report.macs == pytest.approx(won["macs"]) and report.macs_ratio <= 0.6
     assert report.distortion["predicted"] == pytest.approx(won["predicted"])
     assert report.to_dict()["plans"] == [dict(row) for row in rows]
@@ -258,11 +232,19 @@ def test_nothing_is_tried_where_the_budget_allows_the_dense_model() -> None:
     assert all(torch.equal(t, vit().state_dict()[n]) for n, t in model.state_dict().items())
 
 
-def test_the_images_tried_on_are_spread_evenly() -> None:
-    batches = [torch.arange(10.0)[:, None], torch.arange(10.0, 20)[:, None]]
-    assert torch.cat(spread(batches, 5)).flatten().tolist() == [0, 4, 8, 12, 16]
-    assert [len(b) for b in spread(batches, 7)] == [7]
-    assert torch.equal(torch.cat(spread(batches)), torch.cat(batches))
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 30, 192, 256, 1000])
+def test_images_to_repair_on_and_to_judge_by_are_others_and_spread_evenly(count: int) -> None:
+    batches = list(torch.arange(float(count))[:, None].split(32))
+    fit, judge = (torch.cat(part).flatten() for part in shared_out(batches, 64, 128))
+    assert 1 <= len(fit) <= 64 and 1 <= len(judge) <= 128
+    assert len(fit) == min(64, max(1, round(count / 3)))
+    if count > 1:
+        assert not set(fit.tolist()) & set(judge.tolist())
+    for part in (fit, judge):
+        steps = part.diff()
+        assert bool((steps > 0).all())
+        assert len(part) < 3 or steps.max() <= 2 * -(-count // len(part))
+    assert len(shared_out(batches, 64, 128)[0]) <= 8
 
 
 def test_a_number_of_plans_below_zero_is_refused() -> None:

@@ -25,7 +25,7 @@ from hwprune.statistics import is_classifier, model_output, output_distance
 from hwprune.tiling import in_use
 from hwprune.units import Mask, full_mask
 
-FIT, JUDGE = 64, 128  # images that plans are repaired on, and run on
+FIT, JUDGE = 64, 192  # images that plans are repaired on, and run on
 _HOPELESS = 2.0  # standard errors of the paired difference
 _BATCHES = 8  # of the images repaired on, so that the repair can hold some of them out
 

@@ -99,7 +99,8 @@ def prune(
         int,
         typer.Option(
             metavar="N",
-            help="Other plans to try on calibration images, of which the truly best is kept",
+            help="Other plans to cut, repair and run on calibration images, of which the truly best is kept "
+            "(16 is a good number)",
         ),
     ] = DEFAULT_REFINE,
     kinds: Annotated[

@@ -115,7 +115,8 @@ def profile(
             name=target.stem,
             minutes=minutes,
             partial=partial,
-            command=shlex.join(["hwprune", *sys.argv[1:]]),
+            # A profile is passed on: where its owner's folders are is nobody's business.
+            command=shlex.join(["hwprune", *(_nameless(word) for word in sys.argv[1:])]),
             progress=steps,
             note=say,
         )
@@ -125,6 +126,11 @@ def profile(
             write_json(json, told)
     if json != STDOUT:
         _show({target.stem: told})
+
+
+def _nameless(word: str) -> str:
+    """An absolute path as its last part."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _of(model: str, images: list[int], types: list[str], steps: Steps) -> list[Op]:

@@ -85,6 +85,21 @@ def test_a_profile_is_measured_written_and_told(
     assert [p.name for p in tmp_path.iterdir()] == ["my.json"]
 
 
+def test_a_profile_does_not_tell_where_its_owners_folders_are(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    quick: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["profile", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "my.json")]
+    monkeypatch.setattr(sys, "argv", ["hwprune", *words])
+    ran = Ran(capsys, *words)
+    assert ran.code == 0, ran.err
+    command = read_profile(tmp_path / "my.json").provenance["command"]
+    assert command == "hwprune profile --device cpu --threads 1 --out my.json"
+    assert str(tmp_path) not in (tmp_path / "my.json").read_text(encoding="utf-8")
+
+
 def test_without_a_name_it_is_the_devices(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, quick: list[dict[str, Any]]
 ) -> None:

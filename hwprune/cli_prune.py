@@ -58,6 +58,13 @@ class Baseline(StrEnum):
     none = "none"
 
 
+class RunMode(StrEnum):
+    """How a model is run."""
+
+    eager = "eager"
+    graph = "graph"
+
+
 class Dtype(StrEnum):
     """Of saved weights."""
 
@@ -147,6 +154,14 @@ def prune(
         int,
         typer.Option(metavar="N", help="Images of the batch whose latency or energy is limited"),
     ] = 8,
+    mode: Annotated[
+        RunMode | None,
+        typer.Option(
+            help="How it is run where latency or energy is limited; graph is a CUDA graph (default: as the "
+            "profile was measured)",
+            show_default=False,
+        ),
+    ] = None,
     energy_weight: Annotated[
         float,
         typer.Option(
@@ -252,6 +267,7 @@ def prune(
                 block=tile,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                mode=None if mode is None else mode.value,
                 energy_weight=energy_weight,
                 baselines=[b.value for b in baseline or [Baseline.magnitude] if b != Baseline.none],
                 each=saver(points, out, keep),
@@ -279,6 +295,7 @@ def prune(
                 block=tile,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                mode=None if mode is None else mode.value,
                 energy_weight=energy_weight,
                 progress=steps,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from hwprune.device import ProfileError, load_device
 from hwprune.meter.compare import measure
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.memory import Memory, peak_memory
+from hwprune.meter.modes import Mode
 from hwprune.network import NetworkModel
 from hwprune.operations import Counted, count_operations
 from hwprune.ops import DTYPES
@@ -49,6 +50,7 @@ class Contract:
         dense: a copy of the dense model to measure against; None where nothing can be measured.
         timed: whether this machine is the profile's device.
         weighs: bytes can be measured here.
+        mode: how the model is run when it is timed: "eager", or "graph" (CUDA graph).
         tiles: tile sizes that pay on the profile, (rows, columns); empty where whole units are as fast.
         notes: what the user should know.
     """
@@ -59,6 +61,7 @@ class Contract:
     dense: nn.Module | None
     timed: bool = False
     weighs: bool = False
+    mode: Mode = "eager"
     tiles: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -71,6 +74,7 @@ def contract(
     layers: Sequence[Layer] = (),
     *,
     energy_weight: float = 0.0,
+    mode: Mode | None = None,
 ) -> Contract | None:
     """Make a contract for a budget; None where it needs none.
 
@@ -81,10 +85,11 @@ def contract(
         x: the batch that is to be run, on the model's device and in its type.
         layers: all prunable layers of the model.
         energy_weight: other than 0, energy is needed whatever the budget.
+        mode: "eager" or "graph"; None = as GPUs' profiles are measured, and CPUs': a graph on a GPU.
 
     Raises:
         ValueError: no profile, one that cannot price this model or has no energy where that is asked for, or
-            a device for a budget without one.
+            a device or mode for a budget without one.
     """
     check_energy_weight(energy_weight)
     asked = [metric for metric in budget.given if metric in ON_A_DEVICE]
@@ -93,6 +98,10 @@ def contract(
         raise ValueError(
             f"device={device!r}: budgets macs, params and memory need no device profile; leave device out"
         )
+    if not asked and mode is not None:
+        raise ValueError(
+            f"mode={mode!r}: budgets macs, params and memory do not depend on it; leave mode out"
+        )
     if not asked and "memory" not in budget.given:
         return None
     if x.dtype not in _TYPES:
@@ -100,9 +109,10 @@ def contract(
         raise ValueError(f"budget {first}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
     notes: list[str] = []
     pricer, timed = None, False
+    run: Mode = "eager"
     tiles: tuple[tuple[int, int], ...] = ()
     if asked:
-        pricer, timed, counted = _timing(model, device, x, asked[0], notes)
+        pricer, timed, counted, run = _timing(model, device, x, asked[0], mode, notes)
         if "energy" in asked and pricer.without_energy:  # before the long work
             word = "budget energy" if "energy" in budget.given else "energy_weight"
             raise ValueError(f"{word}: {pricer.without_energy}")
@@ -117,19 +127,35 @@ def contract(
             memory = MemoryPricer.fitted(model, layers, x)
             notes.append(f"peak activations are predicted, not measured: {found.reason}")
     dense = copy.deepcopy(model).eval() if timed or weighs else None
-    return Contract(x, pricer, memory, dense, timed, weighs, tiles, tuple(notes))
+    return Contract(x, pricer, memory, dense, timed, weighs, run, tiles, tuple(notes))
 
 
 def _timing(
-    model: nn.Module, device: str | None, x: Tensor, metric: str, notes: list[str]
-) -> tuple[Pricer, bool, Counted]:
-    """Prices of time and energy; whether this machine is the device; the operations. Adds to the notes."""
-    costs = device_costs(device, x.device, metric)
+    model: nn.Module,
+    device: str | None,
+    x: Tensor,
+    metric: str,
+    mode: Mode | None,
+    notes: list[str],
+) -> tuple[Pricer, bool, Counted, Mode]:
+    """Prices of time and energy; whether this machine is the device; the operations; how they are run.
+
+    Adds to the notes.
+    """
+    costs = device_costs(device, x.device, metric, mode=mode)
+    run = cast("Mode", costs.mode)
     here = costs.profile.key == this_device(x.device)
     counted = count_operations(model, x, partly=True)
     network = NetworkModel(costs)
     if here:
-        seconds = latency_s(model, x)
+        try:
+            seconds = latency_s(model, x, run)
+        except ValueError as error:
+            if mode is not None or run == "eager":
+                raise
+            notes.append(f"timed eagerly: as a {run} {error}")
+            run = "eager"
+            seconds = latency_s(model, x, run)
         network = NetworkModel.fitted(costs, [(counted.ops, seconds)])
     else:
         notes.append(
@@ -143,7 +169,7 @@ def _timing(
             f"{costs.profile.name} was measured at other sizes: {share:.0%} of the time of {tuple(x.shape)} "
             "is extrapolated"
         )
-    return Pricer(network, len(x), _TYPES[x.dtype], dense), here, counted
+    return Pricer(network, len(x), _TYPES[x.dtype], dense), here, counted, run
 
 
 def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
@@ -157,7 +183,12 @@ def timed_images(batches: Sequence[Tensor], count: int) -> Tensor:
 
 
 def device_costs(
-    device: str | None, place: torch.device, metric: str, argument: str = "device"
+    device: str | None,
+    place: torch.device,
+    metric: str,
+    argument: str = "device",
+    *,
+    mode: Mode | None = None,
 ) -> CostModel:
     """The cost model of a profile by name or file; None = of the profile of this very machine.
 
@@ -166,36 +197,50 @@ def device_costs(
         place: where the model is.
         metric: what is asked, for the message.
         argument: how the caller calls `device`, for the message.
+        mode: how the model will be run; None = a graph on a GPU, eager on a CPU.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: there is none, or it cannot be read, or was not measured in that mode.
     """
-    mode = "graph" if place.type == "cuda" else "eager"
     if device is None:
-        found = profile_here(place, mode)
+        found = profile_here(place, mode or ("graph" if place.type == "cuda" else "eager"))
         if found is None:
+            of_mode = "" if mode is None else f" measured in mode {mode}"
             raise ValueError(
-                f"budget {metric}: this machine ({this_device(place)}) has no profile; measure it once with "
-                f"`hwprune profile` and give it with {argument}=FILE (--{argument} FILE), or name another "
-                "device's"
+                f"budget {metric}: this machine ({this_device(place)}) has no profile{of_mode}; measure it "
+                f"once with `hwprune profile` and give it with {argument}=FILE (--{argument} FILE), or name "
+                "another device's"
             )
         return found
     try:
         profile = load_device(device)
     except ProfileError as error:
         raise ValueError(f"budget {metric}: {error}") from None
-    mode = "graph" if profile.device.get("type", "cpu") != "cpu" else "eager"
-    return CostModel(profile, mode)
+    usual: Mode = "graph" if profile.device.get("type", "cpu") != "cpu" else "eager"
+    try:
+        return CostModel(profile, mode or usual)
+    except ValueError as error:
+        if mode is None:
+            raise
+        there = ", ".join(sorted({entry.mode for entry in profile.entries}))
+        raise ValueError(
+            f"mode={mode!r}: {profile.name} was measured in mode {there}; leave mode out, or name another "
+            "device"
+        ) from error
 
 
-def latency_s(model: nn.Module, inputs: object) -> float:
+def latency_s(model: nn.Module, inputs: object, mode: Mode = "eager") -> float:
     """Seconds of a call of the dense model; CPU time of a single thread, like the profile's.
 
     Args:
         model: to time.
         inputs: as `hwprune.measure` takes them.
+        mode: how it is run.
+
+    Raises:
+        ValueError: it cannot be timed, or not in that mode.
     """
-    found = measure(model, inputs, energy=False, rounds=8, seconds_per_arm=10.0).model
+    found = measure(model, inputs, energy=False, mode=mode, rounds=8, seconds_per_arm=10.0).model
     figure = found.cpu_time_s if _single_thread(model) else found.latency_s
     if not isinstance(figure, Estimate):
         raise ValueError(f"the dense model cannot be timed: {found.error or figure.reason}")
@@ -220,12 +265,28 @@ def _memory(model: nn.Module, x: Tensor) -> Memory | Unavailable:
             module.training = mode
 
 
-def prove(pruned: nn.Module, dense: nn.Module, inputs: object) -> dict[str, Any]:
+def prove(
+    pruned: nn.Module,
+    dense: nn.Module,
+    inputs: object,
+    mode: Mode = "eager",
+    *,
+    energy: bool = True,
+) -> dict[str, Any]:
     """Measured ratios of the pruned to the dense model: Estimates, or Unavailable with the reason.
 
     Beside them what each was by itself ("arms", "settings"), for the report.
+
+    Args:
+        pruned: to time.
+        dense: to time in turns with it.
+        inputs: as `hwprune.measure` takes them.
+        mode: how they are run.
+        energy: whether to meter it, where there is a sensor; it takes longer than the time.
     """
-    found = measure(pruned, inputs, against={"dense": dense}, seconds_per_arm=20.0)
+    found = measure(
+        pruned, inputs, against={"dense": dense}, mode=mode, energy=energy, seconds_per_arm=20.0
+    )
     ratio = found.ratio("model", "dense")
     return {
         "latency": ratio.cpu_time if _single_thread(dense) else ratio.latency,

@@ -95,6 +95,11 @@ class CostModel:
         idle_w = profile.sensor.get("idle_w")
         self._power = PowerModel(list(self.entries.values()), idle_w)
 
+    @property
+    def mode(self) -> str:
+        """How what was measured was run."""
+        return self.axes[0]
+
     def for_device(self, key: str, *, force: bool = False) -> CostModel:
         """This model for a machine, marked where the profile is another's; warns then.
 

@@ -93,7 +93,8 @@ def measured(pruned: nn.Module, terms: Contract, metrics: set[str] | None = None
     if metrics is not None and not metrics & set(ON_A_DEVICE):
         return found
     if terms.timed and terms.dense is not None:
-        return prove(pruned, terms.dense, terms.x) | found
+        energy = metrics is None or "energy" in metrics
+        return prove(pruned, terms.dense, terms.x, terms.mode, energy=energy) | found
     reason = "; ".join(terms.notes) or "neither latency nor energy was asked for"
     return {metric: Unavailable(reason) for metric in ON_A_DEVICE} | found
 

@@ -25,6 +25,7 @@ from hwprune.contract import Contract, contract, timed_images, told
 from hwprune.cost import count_macs
 from hwprune.cutting import cut_, undone_on_failure
 from hwprune.lpvit_plan import check_lpvit
+from hwprune.meter.modes import Mode
 from hwprune.plan import Plan
 from hwprune.planning import Planner
 from hwprune.proof import is_dense, proven, settle
@@ -56,6 +57,7 @@ def prune(
     block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    mode: Mode | None = None,
     energy_weight: float = 0.0,
     analysis: Analysis | None = None,
     progress: StepProgress | None = None,
@@ -82,6 +84,8 @@ def prune(
             side, and 32x32 where there is no profile or none pays.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency, energy or memory is limited.
+        mode: how it will be run where latency or energy is limited, "eager" or "graph" (a CUDA graph); None =
+            as its profile was measured: a graph on a GPU, eager on a CPU.
         energy_weight: minimise distortion + energy_weight * (joules of the batch / joules of the dense model's)
             within the budget; needs a device with energy figures.
         analysis: of this same model and these batches, to serve several budgets from one calibration
@@ -114,7 +118,7 @@ def prune(
     batches = on_device(model, batches)
     layers, _ = families.of(model).find_layers(model)
     x = timed_images(batches, timed_batch)
-    terms = contract(model, budget, device, x, layers, energy_weight=energy_weight)
+    terms = contract(model, budget, device, x, layers, energy_weight=energy_weight, mode=mode)
     tries = refine if objective == "second-order" else 0
     analysis = analysis or analyse(
         model,

@@ -24,6 +24,7 @@ from hwprune.contract import contract, timed_images
 from hwprune.front import Front, refused
 from hwprune.judging import Evaluate, Gauge, Judge
 from hwprune.lpvit_plan import check_lpvit
+from hwprune.meter.modes import Mode
 from hwprune.pruning import REFINE, TILE, prune, tiles_of
 from hwprune.report import Report
 
@@ -45,6 +46,7 @@ def sweep(
     block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    mode: Mode | None = None,
     energy_weight: float = 0.0,
     baselines: Sequence[str] = ("magnitude",),
     each: Each | None = None,
@@ -68,6 +70,7 @@ def sweep(
         block: tile size for the kind block; None = as of `hwprune.prune`.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency or energy is limited or predicted.
+        mode: how the models will be run, as of `hwprune.prune`.
         energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
         baselines: at the same budgets, not saved: "magnitude" (heads and neurons by norm, no re-fit),
             "lpvit" (as published, for budgets of macs alone).
@@ -93,8 +96,10 @@ def sweep(
     batches = on_device(model, batches)
     x = timed_images(batches, timed_batch)
     layers, _ = families.of(model).find_layers(model)
-    named = device if energy_weight or _timed(budgets[0]) else None
-    terms = contract(model, budgets[0], named, x, layers, energy_weight=energy_weight)
+    first = (device, mode) if energy_weight or _timed(budgets[0]) else (None, None)
+    terms = contract(
+        model, budgets[0], first[0], x, layers, energy_weight=energy_weight, mode=first[1]
+    )
     analysis = analyse(
         model,
         batches,
@@ -127,6 +132,7 @@ def sweep(
                 block=block,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                mode=mode if energy_weight or _timed(budget) else None,
                 energy_weight=energy_weight,
                 analysis=analysis,
                 progress=progress,

@@ -31,7 +31,7 @@ def test_flags_are_the_agreed_ones() -> None:
     agreed = {  # a new flag is a promise to every script
         "prune": "--data --budget --out --weights --kinds --block --calibration --batch --dtype "
         "--round-to --timed-batch --class-map --format --device --seed --no-repair --force --json "
-        "--energy-weight --objective --refine --sweep --baseline --eval-data",
+        "--mode --energy-weight --objective --refine --sweep --baseline --eval-data",
         "eval": "--data --weights --class-map --batch --json",
         "measure": "--against --batch --dtype --mode --l2 --rounds --seconds --device --energy --data "
         "--split --weights --against-weights --random-weights --seed --json",

@@ -76,7 +76,7 @@ def costs() -> CostModel:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, costs: CostModel) -> None:
     """Budgets are judged on the made-up device, which this machine is not."""
-    monkeypatch.setattr(contract_, "device_costs", lambda *_: costs)
+    monkeypatch.setattr(contract_, "device_costs", lambda *_, **__: costs)
 
 
 @pytest.fixture
@@ -87,9 +87,11 @@ def here(monkeypatch: pytest.MonkeyPatch, elsewhere: None) -> list[dict[str, Any
     monkeypatch.setattr(
         contract_,
         "latency_s",
-        lambda model, x: 1e-4 + sum(map(truth_s, count_operations(model, x, partly=True).ops)),
+        lambda model, x, mode: (
+            1e-4 + sum(map(truth_s, count_operations(model, x, partly=True).ops))
+        ),
     )
-    monkeypatch.setattr(proof_, "prove", lambda *_: proofs.pop(0))
+    monkeypatch.setattr(proof_, "prove", lambda *_, **__: proofs.pop(0))
     return proofs
 
 

@@ -39,7 +39,7 @@ def costs() -> CostModel:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch, costs: CostModel) -> None:
-    monkeypatch.setattr(contract_, "device_costs", lambda *_: costs)
+    monkeypatch.setattr(contract_, "device_costs", lambda *_, **__: costs)
 
 
 def joules(costs: CostModel, model: object) -> float:
@@ -75,7 +75,7 @@ def test_a_device_without_figures_of_energy_is_refused_before_the_long_work(
 ) -> None:
     device = {"type": "cpu", "name": "FAKE-device", "threads": 1}
     silent = DeviceProfile("FAKE", device, {}, {}, tuple(entries()), {}, synthetic=True)
-    monkeypatch.setattr(contract_, "device_costs", lambda *_: CostModel(silent))
+    monkeypatch.setattr(contract_, "device_costs", lambda *_, **__: CostModel(silent))
     monkeypatch.setattr("hwprune.pruning.analyse", lambda *_, **__: pytest.fail("calibrated"))
     with pytest.raises(
         ValueError, match=r"energy_weight: FAKE has no energy figures; name a device"

@@ -157,7 +157,7 @@ def test_prune_takes_tiles_exactly_where_the_profile_says_that_they_pay(
         return op.macs * 1e-9 * (rate if op.impl == "block_sparse" else 1.0)
 
     costs = CostModel(profile_of({op: seconds(op) for op in set(operations())}))
-    monkeypatch.setattr(contract_, "device_costs", lambda *_: costs)
+    monkeypatch.setattr(contract_, "device_costs", lambda *_, **__: costs)
     model = vit()
     batches = [
         torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in (1, 2)

@@ -50,7 +50,7 @@ def by_magnitude(
         return
     found = curves_from_scores(units, magnitude(model, units, batches))
     choices = offer(
-        model,
+        model if terms is None else terms.model,
         found,
         analysis.cost,
         pricer=None if terms is None else terms.pricer,

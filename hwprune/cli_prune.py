@@ -135,7 +135,11 @@ def prune(
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Images at a time")] = 32,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the saved weights; the pruning itself runs in fp32")
+        Dtype,
+        typer.Option(
+            help="Of the saved weights, which latency, energy and memory are judged with; the pruning itself "
+            "runs in fp32"
+        ),
     ] = Dtype.fp32,
     round_to: Annotated[int, typer.Option(metavar="N", help="Keep neurons in multiples of N")] = 8,
     class_map: ClassMap = None,
@@ -267,6 +271,7 @@ def prune(
                 block=tile,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                timed_dtype=types[dtype],
                 mode=None if mode is None else mode.value,
                 energy_weight=energy_weight,
                 baselines=[b.value for b in baseline or [Baseline.magnitude] if b != Baseline.none],
@@ -295,6 +300,7 @@ def prune(
                 block=tile,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                timed_dtype=types[dtype],
                 mode=None if mode is None else mode.value,
                 energy_weight=energy_weight,
                 progress=steps,

@@ -44,7 +44,8 @@ class Contract:
     """What a budget of latency, energy or memory is judged by.
 
     Attributes:
-        x: the batch that is run.
+        x: the batch that is run, in the type it is run in.
+        model: the dense model in that type; not a copy where that is its own.
         pricer: predicts time and energy on the profile; None where neither is asked for.
         memory: predicts bytes; None where they are not asked for.
         dense: a copy of the dense model to measure against; None where nothing can be measured.
@@ -56,6 +57,7 @@ class Contract:
     """
 
     x: Tensor
+    model: nn.Module
     pricer: Pricer | None
     memory: MemoryPricer | None
     dense: nn.Module | None
@@ -75,6 +77,7 @@ def contract(
     *,
     energy_weight: float = 0.0,
     mode: Mode | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Contract | None:
     """Make a contract for a budget; None where it needs none.
 
@@ -86,6 +89,7 @@ def contract(
         layers: all prunable layers of the model.
         energy_weight: other than 0, energy is needed whatever the budget.
         mode: "eager" or "graph"; None = as GPUs' profiles are measured, and CPUs': a graph on a GPU.
+        dtype: of the model and the batch when they are run; None = as they are.
 
     Raises:
         ValueError: no profile, one that cannot price this model or has no energy where that is asked for, or
@@ -104,6 +108,8 @@ def contract(
         )
     if not asked and "memory" not in budget.given:
         return None
+    if dtype is not None and dtype != x.dtype:
+        model, x = in_type(model, dtype), x.to(dtype)
     if x.dtype not in _TYPES:
         first = asked[0] if asked else "memory"
         raise ValueError(f"budget {first}: expected fp32, fp16 or bf16 weights, got {x.dtype}")
@@ -127,7 +133,13 @@ def contract(
             memory = MemoryPricer.fitted(model, layers, x)
             notes.append(f"peak activations are predicted, not measured: {found.reason}")
     dense = copy.deepcopy(model).eval() if timed or weighs else None
-    return Contract(x, pricer, memory, dense, timed, weighs, run, tiles, tuple(notes))
+    return Contract(x, model, pricer, memory, dense, timed, weighs, run, tiles, tuple(notes))
+
+
+def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with weights of that type; the model itself where it has no others."""
+    types = {t.dtype for t in model.parameters() if t.is_floating_point()}
+    return model if types <= {dtype} else copy.deepcopy(model).to(dtype)
 
 
 def _timing(

@@ -54,7 +54,7 @@ class Planner:
         """The options with factors on their curves."""
         analysis, terms = self.analysis, self.terms
         return offer(
-            self.model,
+            self.model if terms is None else terms.model,
             factored(analysis.curves, factors) if factors else analysis.curves,
             analysis.cost,
             round_to=self.round_to,

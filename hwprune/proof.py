@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from hwprune.budget import ON_A_DEVICE, UnreachableBudget
-from hwprune.contract import ATTEMPTS, Contract, prove, weigh
+from hwprune.contract import ATTEMPTS, Contract, in_type, prove, weigh
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.plan import Plan
 from hwprune.units import Mask
@@ -88,6 +88,7 @@ def measured(pruned: nn.Module, terms: Contract, metrics: set[str] | None = None
         metrics: those that are limited, of which nothing else is worth the time; None = all there are.
     """
     found: dict[str, Any] = {}
+    pruned = in_type(pruned, terms.x.dtype)
     if terms.memory is not None and terms.weighs:
         found["memory"] = weigh(pruned, terms.memory, terms.x)
     if metrics is not None and not metrics & set(ON_A_DEVICE):

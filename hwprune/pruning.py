@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hwprune import families
@@ -57,6 +58,7 @@ def prune(
     block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    timed_dtype: torch.dtype | None = None,
     mode: Mode | None = None,
     energy_weight: float = 0.0,
     analysis: Analysis | None = None,
@@ -84,6 +86,8 @@ def prune(
             side, and 32x32 where there is no profile or none pays.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency, energy or memory is limited.
+        timed_dtype: type of the weights when it will be run, where latency, energy or memory is limited; None =
+            as they are. The weights stay as they are: cast them afterwards.
         mode: how it will be run where latency or energy is limited, "eager" or "graph" (a CUDA graph); None =
             as its profile was measured: a graph on a GPU, eager on a CPU.
         energy_weight: minimise distortion + energy_weight * (joules of the batch / joules of the dense model's)
@@ -118,7 +122,16 @@ def prune(
     batches = on_device(model, batches)
     layers, _ = families.of(model).find_layers(model)
     x = timed_images(batches, timed_batch)
-    terms = contract(model, budget, device, x, layers, energy_weight=energy_weight, mode=mode)
+    terms = contract(
+        model,
+        budget,
+        device,
+        x,
+        layers,
+        energy_weight=energy_weight,
+        mode=mode,
+        dtype=timed_dtype,
+    )
     tries = refine if objective == "second-order" else 0
     analysis = analysis or analyse(
         model,

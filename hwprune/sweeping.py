@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hwprune import families
@@ -46,6 +47,7 @@ def sweep(
     block: tuple[int, int] | None = None,
     round_to: int = 8,
     timed_batch: int = 8,
+    timed_dtype: torch.dtype | None = None,
     mode: Mode | None = None,
     energy_weight: float = 0.0,
     baselines: Sequence[str] = ("magnitude",),
@@ -70,7 +72,8 @@ def sweep(
         block: tile size for the kind block; None = as of `hwprune.prune`.
         round_to: keep neurons in multiples of this.
         timed_batch: images of the batch whose latency or energy is limited or predicted.
-        mode: how the models will be run, as of `hwprune.prune`.
+        timed_dtype: type of the weights when the models will be run, as of `hwprune.prune`.
+        mode: how they will be run.
         energy_weight: what the energy of the dense model's batch counts in the unit of the distortion.
         baselines: at the same budgets, not saved: "magnitude" (heads and neurons by norm, no re-fit),
             "lpvit" (as published, for budgets of macs alone).
@@ -98,7 +101,14 @@ def sweep(
     layers, _ = families.of(model).find_layers(model)
     first = (device, mode) if energy_weight or _timed(budgets[0]) else (None, None)
     terms = contract(
-        model, budgets[0], first[0], x, layers, energy_weight=energy_weight, mode=first[1]
+        model,
+        budgets[0],
+        first[0],
+        x,
+        layers,
+        energy_weight=energy_weight,
+        mode=first[1],
+        dtype=timed_dtype,
     )
     analysis = analyse(
         model,
@@ -132,6 +142,7 @@ def sweep(
                 block=block,
                 round_to=round_to,
                 timed_batch=timed_batch,
+                timed_dtype=timed_dtype,
                 mode=mode if energy_weight or _timed(budget) else None,
                 energy_weight=energy_weight,
                 analysis=analysis,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import hwprune
 from hwprune import contract as contract_
 from hwprune import proof as proof_
+from hwprune import pruning as pruning_
 from hwprune.allocate import Budget
+from hwprune.cli import main
 from hwprune.contract import contract, device_costs
 from hwprune.device import DeviceProfile, Entry
 from hwprune.meter.estimate import Estimate
@@ -134,3 +138,61 @@ def test_a_machine_without_a_profile_in_that_mode_is_told_so(
 def test_a_mode_means_nothing_to_a_budget_of_macs() -> None:
     with pytest.raises(ValueError, match=r"mode='eager': budgets macs, params and memory do not"):
         prune(vit(), [images()], Budget(macs=0.7), mode="eager")
+
+
+def test_what_is_timed_and_weighed_has_the_type_it_will_run_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A model pruned in fp32 for bf16: its operations, its bytes and its proof are bf16's."""
+    ops = count_operations(vit().bfloat16(), images().bfloat16(), partly=True).ops
+    assert {op.dtype for op in ops} == {"bf16"}
+    entries = [Entry(op, 1e-6, 0.99e-6, 1.01e-6, 8) for op in sorted(set(ops))]
+    device = {"type": "cpu", "name": KEY, "threads": 1}
+    sensor = {"source": None, "reason": "this device is made up"}
+    board = DeviceProfile("FAKE", device, {}, sensor, tuple(entries), {}, synthetic=True)
+    monkeypatch.setattr(contract_, "load_device", lambda _: board)
+    seen: list[torch.dtype] = []
+
+    def prove(pruned: nn.Module, dense: nn.Module, x: Tensor, mode: str, *, energy: bool) -> Any:
+        seen.extend(next(part.parameters()).dtype for part in (pruned, dense))
+        seen.append(x.dtype)
+        return {"latency": Estimate(0.7, 0.69, 0.71, 8)}
+
+    monkeypatch.setattr(contract_, "this_device", lambda _: board.key)
+    monkeypatch.setattr(contract_, "latency_s", lambda *_: 1e-4)
+    monkeypatch.setattr(proof_, "prove", prove)
+    model = vit()
+    budget = Budget(latency=0.7, memory=0.9)
+    terms = contract(model, budget, "FAKE", images(), dtype=torch.bfloat16)
+    assert terms is not None and terms.memory is not None and terms.pricer is not None
+    assert terms.pricer.dtype == terms.memory.dtype == "bf16"
+    whole = contract(model, Budget(memory=0.9), None, images())
+    assert whole is not None and whole.memory is not None
+    assert whole.model is model, "no copy where the type is its own"
+    assert terms.memory.weights == whole.memory.weights / 2
+    measured(model, terms, {"latency"})
+    assert seen == [torch.bfloat16] * 3
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_the_command_judges_the_type_it_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--dtype bf16 --budget memory=...`: of the model that is written, not of the fp32 one it is made from."""
+    made: list[Any] = []
+
+    def spied(*args: Any, **options: Any) -> Any:
+        made.append(contract(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(pruning_, "contract", spied)
+    words = ["prune", "digits", "--data", "digits", "--calibration", "16", "--batch", "8"]
+    words += ["--dtype", "bf16", "--budget", "memory=0.9", "--out", str(tmp_path / "m")]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    (terms,) = made
+    saved = list(hwprune.load(tmp_path / "m").parameters())
+    dense = list(terms.model.parameters())
+    assert {p.dtype for p in (*saved, *dense)} == {torch.bfloat16}
+    assert terms.memory.weights == sum(2 * p.numel() for p in dense)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -230,15 +229,6 @@ def l2_bandwidth(timer: Timer, device: str) -> float | None:
     return L2_BYTES / seconds
 
 
-def driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     """Measure, append rows, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,10 +244,7 @@ def main() -> None:
     timer, began = Timer(), time.perf_counter()
     about = rows.provenance()
     if not DRY:
-        about |= {"device": torch.cuda.get_device_name(), "driver": driver()}
-        import triton
-
-        about |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        about |= rows.gpu()
     bandwidth = l2_bandwidth(timer, device)
     shapes = {"dry": (48, 96, 130)} if DRY else {s: SHAPES[s] for s in options.shapes.split(",")}
     dtype = torch.float16 if DRY else torch.bfloat16

@@ -43,6 +43,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu() -> Row:
+    """The first CUDA device, its driver, and what compiles for it; take the place of the processor."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+    }
+
+
 def append(file: Path, row: Row) -> None:
     """Add one row."""
     file.parent.mkdir(parents=True, exist_ok=True)

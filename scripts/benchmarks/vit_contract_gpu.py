@@ -1,10 +1,10 @@
 """Contracts of DeiT-B and DeiT-S on this GPU: latency 0.6 and energy 0.6, bf16, batch 64, as CUDA graphs.
 
-On the profile that profile-gpu wrote just before, with random weights and noise for images: whether a contract is
-kept is a matter of shapes. No accuracy is told, but the distortion of three ways: whatever the profile says pays,
-whole units alone, tiles alone. At equal latency that is how block-sparse stands against structured. Rows go to
-profiles/rows/vit-contract-gpu.jsonl. `--dry-run` walks the same road on a CPU: a tiny model, a profile of its
-own operations measured on the spot, and no row.
+On the profile that profile-gpu wrote just before, with random weights and noise for images: whether a contract
+is kept is a matter of shapes. No accuracy is told, but the distortion of three ways: whatever the profile says
+pays, whole units alone, tiles alone. At equal latency that is how block-sparse stands against structured. Rows
+go to profiles/rows/vit-contract-gpu.jsonl. `--dry-run` walks the same road on a CPU: a tiny model, a profile of
+its own operations measured on the spot, and no row.
 """
 
 import argparse

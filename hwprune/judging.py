@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hwprune.contract import device_costs
+from hwprune.contract import device_costs, in_type
 from hwprune.network import NetworkModel
 from hwprune.operations import count_operations
 from hwprune.predict import Prediction, UnknownOp
@@ -70,7 +70,8 @@ def _around(ratio: float, spread: float) -> dict[str, float]:
 
 def _predict(network: NetworkModel, model: nn.Module, x: Tensor) -> Prediction | None:
     try:
-        return network.predict(count_operations(model, x, partly=True).ops)
+        run = in_type(model, x.dtype)
+        return network.predict(count_operations(run, x, partly=True).ops)
     except UnknownOp:  # the profile says nothing of some layer
         return None
 

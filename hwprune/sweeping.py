@@ -120,7 +120,7 @@ def sweep(
         seed=seed,
         progress=progress,
     )
-    judge = Judge(Gauge.of(model, device, x), evaluate)
+    judge = Judge(Gauge.of(model, device, x.to(timed_dtype or x.dtype)), evaluate)
     name = "hwprune" if objective == "second-order" else objective
     points: list[dict[str, Any]] = []
     reports: list[Report] = []

@@ -17,7 +17,9 @@ from hwprune.allocate import Budget
 from hwprune.cli import main
 from hwprune.contract import contract, device_costs
 from hwprune.device import DeviceProfile, Entry
+from hwprune.judging import Gauge
 from hwprune.meter.estimate import Estimate
+from hwprune.network import NetworkModel
 from hwprune.operations import count_operations
 from hwprune.ops import Op
 from hwprune.predict import CostModel
@@ -196,3 +198,16 @@ def test_the_command_judges_the_type_it_saves(
     dense = list(terms.model.parameters())
     assert {p.dtype for p in (*saved, *dense)} == {torch.bfloat16}
     assert terms.memory.weights == sum(2 * p.numel() for p in dense)
+
+
+def test_a_front_is_gauged_in_the_type_it_will_run_in() -> None:
+    """fp32 points of a sweep, beside a board that knows bf16 alone."""
+    ops = count_operations(vit().bfloat16(), images().bfloat16(), partly=True).ops
+    entries = [Entry(op, 1e-6, 0.99e-6, 1.01e-6, 8) for op in sorted(set(ops))]
+    device = {"type": "cpu", "name": KEY, "threads": 1}
+    sensor = {"source": None, "reason": "this device is made up"}
+    board = DeviceProfile("FAKE", device, {}, sensor, tuple(entries), {}, synthetic=True)
+    network = NetworkModel(CostModel(board))
+    for x, known in ((images(), False), (images().bfloat16(), True)):
+        gauge = Gauge(network, x, network.predict(ops))
+        assert (gauge.ratios(vit())["latency_ratio"] is not None) == known

@@ -1,6 +1,8 @@
 """The contract's benchmark: rivals are given as much as takes the same time, and its table says so."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +116,19 @@ def test_torch_prunings_reach_is_what_it_can_keep():
     assert recipes._mlp_width(model, high * recipes.ALLOWANCE, 8) == 192
     with pytest.raises(ValueError, match="head width 8"):
         recipes._mlp_width(model, low * recipes.ALLOWANCE * 0.99, 8)
+
+
+@pytest.mark.slow
+def test_the_contracts_of_a_gpu_walk_their_road_on_a_cpu():
+    script = ROOT / "scripts" / "benchmarks" / "vit_contract_gpu.py"
+    before = {p: p.read_bytes() for p in (ROOT / "profiles" / "rows").glob("*.jsonl")}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), "--dry-run"],
+        env=env, capture_output=True, text=True, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Kept, or on a machine that does not hold still refused; energy needs a sensor.
+    assert "tiny latency 0.6 whole units:" in done.stdout
+    assert "tiny energy 0.6 whole units:" in done.stdout
+    assert {p: p.read_bytes() for p in (ROOT / "profiles" / "rows").glob("*.jsonl")} == before

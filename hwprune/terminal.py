@@ -185,6 +185,7 @@ def show_report(report: Mapping[str, Any], next_step: str, *notes: str) -> None:
     after = [
         f"distortion: {loss['measured']:.4g} {loss['unit']} on {report['calibration']['images']} "
         f"calibration images (predicted {loss['predicted']:.4g})",
+        *_plans_line(report.get("plans", ()), loss["unit"]),
         *on_device_lines(report),
         f"time: {report['seconds']:.1f} s ({took})",
         *(f"warning: {warning}" for warning in report["warnings"]),
@@ -194,6 +195,19 @@ def show_report(report: Mapping[str, Any], next_step: str, *notes: str) -> None:
     title = f"{report['model']} -> {report['out']}"
     show(title, ("", "dense", "pruned", "kept"), _totals(report), *after)
     show_next(next_step, report.get("page"))
+
+
+def _plans_line(plans: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
+    """What trying other plans brought; nothing where none was tried."""
+    won = next((i for i, plan in enumerate(plans) if plan["won"]), None)
+    if won is None:
+        return []
+    first, best = plans[0], plans[won]
+    what = "the first is kept" if won == 0 else f"number {won} is kept"
+    return [
+        f"plans tried: {len(plans)}, {what}: {best['true']:.4g} +- {best['true_se']:.2g} {unit} on "
+        f"{best['images']} images (the curves' own plan: {first['true']:.4g})"
+    ]
 
 
 def show_next(next_step: str, page: str | None) -> None:

@@ -95,6 +95,11 @@ def test_refinement_tells_its_plans(capsys: pytest.CaptureFixture[str], tmp_path
     rows = json.loads(text)["plans"]
     assert 2 <= len(rows) <= 3 and sum(row["won"] for row in rows) == 1
     assert all(row["true"] >= 0 and row["predicted"] >= 0 for row in rows)
+    code, text, err = run(capsys, *PRUNE, *words[:4], "--out", tmp_path / "y")
+    (best,) = (row["true"] for row in rows if row["won"])
+    said = " ".join(text.split())
+    assert (code, err) == (0, "") and f"plans tried: {len(rows)}, " in said
+    assert f" is kept: {best:.4g} +- " in said and f"plan: {rows[0]['true']:.4g})" in said
 
 
 @pytest.mark.parametrize(

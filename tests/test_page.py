@@ -129,6 +129,25 @@ def test_a_page_says_what_the_report_says(folder: Path) -> None:
     assert "budgets macs and params need no clock" in text and "hwprune eval" in text
 
 
+def test_every_plan_that_was_tried_is_told(folder: Path) -> None:
+    told = read_report(folder)
+    assert "Plans that were tried" not in write_page(folder).read_text(encoding="utf-8")
+    tried = [
+        {"predicted": 0.01, "true": 0.052, "true_se": 0.004, "images": 64, "macs": 6e6, "won": False},
+        {"predicted": 0.02, "true": 0.031, "true_se": 0.003, "images": 64, "macs": 5e6, "won": True},
+    ]  # fmt: skip
+    told["plans"], told["dense_macs"] = tried, 10e6
+    whole_report = (folder / "report.json").read_text()
+    try:
+        (folder / "report.json").write_text(json.dumps(told))
+        text = " ".join(Page(write_page(folder).read_text(encoding="utf-8")).text.split())
+    finally:
+        (folder / "report.json").write_text(whole_report)
+        write_page(folder)
+    assert "by the curves alone 0.01 0.052 ± 0.004 64 0.600" in text
+    assert "1 0.02 0.031 ± 0.003 64 0.500 kept" in text
+
+
 def test_a_diffusion_report_tells_of_latents_and_not_of_labels(folder: Path) -> None:
     report = {k: v for k, v in read_report(folder).items() if k not in ("distortion", "curves")}
     report |= {

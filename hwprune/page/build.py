@@ -158,6 +158,7 @@ def render(
         distance=facts.distance(report),
         samples=samples,
         distortion=told,
+        plans=facts.plans(report),
         command=facts.command(report),
         provenance=facts.provenance(report),
         **drawn,

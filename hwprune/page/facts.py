@@ -242,6 +242,30 @@ def distortion(report: Report) -> Table | None:
     return Table(("", str(loss.get("unit", ""))), rows)
 
 
+def plans(report: Report) -> Table | None:
+    """Every plan that was tried on images, as the curves predicted it and as it truly was."""
+    tried = items(report, "plans")
+    if not tried:
+        return None
+    rows = [
+        [
+            "by the curves alone" if i == 0 else f"{i}",
+            quantity(row.get("predicted"), ""),
+            f"{quantity(row.get('true'), '')} ± {quantity(row.get('true_se'), '')}",
+            plain(row.get("images")),
+            ratio(row.get("macs"), report.get("dense_macs")),
+            "kept" if row.get("won") else "",
+        ]
+        for i, row in enumerate(tried)
+    ]
+    header = ("plan", "predicted", "true", "images", "of MACs", "")
+    return Table(
+        header,
+        rows,
+        ["true: cut, repaired on some images and run on others; fewer images where it fell behind"],
+    )
+
+
 def provenance(report: Report) -> list[tuple[str, Table]]:
     """Calibration, times by step, versions and the machine."""
     tables = []

@@ -283,7 +283,8 @@ def table(found: list[rows.Row]) -> str:
         shown = [cells.get((name, budget)) for budget in BUDGETS]
         if any(shown):
             texts = [
-                f"{r['latent_mse']:.4f} ± {r['latent_mse_se']:.4f}, {r[learned]:.4f}, {r['frechet']:.1f}"
+                f"{_small(r['latent_mse'])} ± {_small(r['latent_mse_se'])}, {_small(r[learned])}, "
+                f"{r['frechet']:.1f}"
                 if r
                 else "not run"
                 for r in shown
@@ -302,6 +303,11 @@ def table(found: list[rows.Row]) -> str:
         f"`scripts/bench {NAME}`.",
     ]
     return "\n".join(lines)
+
+
+def _small(value: float) -> str:
+    """Four places, or the first digits of what they would round away."""
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
 
 
 def main() -> int:

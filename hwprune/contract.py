@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hwprune.budget import ON_A_DEVICE, Budget, check_energy_weight
 from hwprune.device import ProfileError, load_device
-from hwprune.meter.compare import measure
+from hwprune.meter.compare import in_type, measure
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.meter.memory import Memory, peak_memory
 from hwprune.meter.modes import Mode
@@ -134,12 +134,6 @@ def contract(
             notes.append(f"peak activations are predicted, not measured: {found.reason}")
     dense = copy.deepcopy(model).eval() if timed or weighs else None
     return Contract(x, model, pricer, memory, dense, timed, weighs, run, tiles, tuple(notes))
-
-
-def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with weights of that type; the model itself where it has no others."""
-    types = {t.dtype for t in model.parameters() if t.is_floating_point()}
-    return model if types <= {dtype} else copy.deepcopy(model).to(dtype)
 
 
 def _timing(

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hwprune.contract import device_costs, in_type
+from hwprune.contract import device_costs
+from hwprune.meter.compare import in_type
 from hwprune.network import NetworkModel
 from hwprune.operations import count_operations
 from hwprune.predict import Prediction, UnknownOp

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from hwprune.budget import ON_A_DEVICE, UnreachableBudget
-from hwprune.contract import ATTEMPTS, Contract, in_type, prove, weigh
+from hwprune.contract import ATTEMPTS, Contract, prove, weigh
+from hwprune.meter.compare import in_type
 from hwprune.meter.estimate import Estimate, Unavailable
 from hwprune.plan import Plan
 from hwprune.units import Mask

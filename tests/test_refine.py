@@ -57,18 +57,6 @@ def drop(analysis: Analysis, name: str, kept: int) -> Mask:
     return {**full_mask(analysis.units), name: analysis.curves[name].kept(kept)}
 
 
-def inputs_of(model: nn.Module, name: str) -> Tensor:
-    """[images * tokens, I], float64."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
-    with torch.no_grad():
-        model(torch.cat(images()))
-    handle.remove()
-    return seen[0].flatten(0, -2).double()
-
-
 @pytest.mark.parametrize("repair", [True, False])
 def test_a_trial_measures_what_prune_would_give_and_leaves_the_dense_model(
     analysis: Analysis, repair: bool

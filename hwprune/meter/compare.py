@@ -128,7 +128,12 @@ def measure(
         if other != device:
             raise ValueError(f"{name} is on {other}, the model on {device}; move it there")
     timer = make_timer(device, l2)
-    arms = [Arm(n, _cast(f, dtype), equal.get(n)) for n, f in forwards.items()]
+    if dtype is not None:
+        forwards = {
+            name: in_type(forward, dtype) if isinstance(forward, nn.Module) else forward
+            for name, forward in forwards.items()
+        }
+    arms = [Arm(name, forward, equal.get(name)) for name, forward in forwards.items()]
     clock = RealClock()
     source = open_source(device)
 
@@ -198,12 +203,10 @@ def _limits(rounds: int | None, seconds_per_arm: float, arms: int) -> Limits:
     return Limits(least, max(least, most), LATENCY_HALF_WIDTH, seconds_per_arm)
 
 
-def _cast(forward: Callable[..., Any], dtype: torch.dtype | None) -> Callable[..., Any]:
+def in_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another type; the model itself where it has that type already."""
-    if dtype is None or not isinstance(forward, nn.Module):
-        return forward
-    types = {t.dtype for t in (*forward.parameters(), *forward.buffers()) if t.is_floating_point()}
-    return forward if types <= {dtype} else copy.deepcopy(forward).to(dtype)
+    types = {t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
+    return module if types <= {dtype} else copy.deepcopy(module).to(dtype)
 
 
 def _dtype_name(module: nn.Module | None, inputs: Inputs) -> str:

@@ -28,7 +28,7 @@ from hwprune.analysis import Analysis, analyse
 from hwprune.contract import contract
 from hwprune.model_ops import model_ops
 from hwprune.profiling import measure_device
-from hwprune.pruning import prune
+from hwprune.pruning import prune, tiles_of
 
 NEEDS_GPU = True
 GPU_ARGUMENTS = "--minutes 2.5"
@@ -84,14 +84,13 @@ def one(
 ) -> dict[str, Any]:
     """A contract: what was promised, what was measured, what it cost; or why it was refused."""
     budget = Budget(**{metric: BUDGET})
-    layers, _ = families.of(dense).find_layers(dense)
     began = time.perf_counter()
     try:
-        terms = contract(dense, budget, setting.profile, x, layers, dtype=setting.dtype)
-        assert terms is not None
         if form not in known:
+            layers, _ = families.of(dense).find_layers(dense)
+            terms = contract(dense, budget, setting.profile, x, layers, dtype=setting.dtype)
             kinds = FORMS[form]
-            tiles = terms.tiles if kinds is None or "block" in kinds else ()
+            tiles = tiles_of(terms, kinds, None)
             known[form] = analyse(dense, [x], kinds=kinds, block=setting.block, tiles=tiles)
         report = prune(
             copy.deepcopy(dense),
@@ -108,8 +107,7 @@ def one(
     told = report.to_dict()
     figure = told["measured"][f"{metric}_ratio"]
     return {
-        "mode": terms.mode,
-        "tiles_offered": [list(tile) for tile in terms.tiles],
+        "mode": told["measured"].get("settings", {}).get("mode"),
         "predicted": {k: told["predicted"][f"{k}_ratio"] for k in WITHIN},
         "measured": {k: told["measured"][f"{k}_ratio"] for k in WITHIN},
         "why_not_measured": told["measured"].get("reason"),
